@@ -1,0 +1,16 @@
+"""The two ways in which compt stops on purpose. Everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_RESUMABLE = 3
+
+
+class UserError(Exception):
+    """The input or the usage is wrong. The message is one line: what, where, and how to mend it. Exit status 2."""
+
+
+class StopRequested(Exception):
+    """A signal asked the job to stop; it wrote a checkpoint and can be started again. Exit status 3."""

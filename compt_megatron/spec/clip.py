@@ -1,0 +1,253 @@
+"""Parameter tables of open_clip's own transformer models: two-tower CLIP, and its vision tower alone as a plain ViT."""
+
+from __future__ import annotations
+
+from math import log, sqrt
+from typing import Any
+
+from compt_megatron.errors import UserError
+from compt_megatron.spec.table import Dim, Init, ModelSpec, Param, Tower
+
+# open_clip config fields that change nothing about the function we build; any other field must be one we read.
+_VISION_READ = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"} | {
+    "no_ln_pre",
+    "pool_type",
+    "final_ln_after_pool",
+    "norm_kwargs",
+}
+_TEXT_READ = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id"} | {
+    "final_ln_after_pool",
+    "no_causal_mask",
+    "norm_kwargs",
+    "pad_id",
+}
+_TOKENIZER = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
+_MODEL_READ = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
+_ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
+    "ls_init_value": (None,),
+    "patch_dropout": (0, 0.0),
+    "attentional_pool": (False,),
+    "pos_embed_type": ("learnable",),
+    "output_tokens": (False,),
+    "act_kwargs": (None,),
+    "block_type": (None, "default"),
+    "timm_model_name": (None,),
+    "hf_model_name": (None,),
+    "embed_cls": (False,),
+    "proj_bias": (False,),
+    "proj_type": ("linear",),
+    "qk_norm": (False,),
+    "scaled_cosine_attn": (False,),
+    "scale_heads": (False,),
+    "scale_attn_inner": (False,),
+    "scale_attn": (False,),
+    "scale_fc": (False,),
+    "custom_text": (False,),
+    "nonscalar_logit_scale": (False,),
+}
+
+
+def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
+    """Make the parameter table of an open_clip model config.
+
+    `config` is open_clip's JSON: `embed_dim`, `vision_cfg` and, for a two-tower model, `text_cfg`; `name` is used in
+    messages. Without `text_cfg` the model is a plain ViT whose `embed_dim` is its number of classes.
+
+    Raises UserError for a missing or unsupported field, an image that the patch does not divide, or a width that the
+    heads do not divide.
+    """
+    for field in ("embed_dim", "vision_cfg"):
+        if field not in config:
+            raise UserError(f"{name}: the model config has no '{field}'; it must be an open_clip model config")
+    _check_fields(config, _MODEL_READ, name)
+    joint = _integer(config, "embed_dim", name)
+    activation = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
+    towers, params = {}, {}
+    towers["vision"] = vision = _vision_tower(config["vision_cfg"], activation, f"{name}: vision_cfg")
+    patch = _square(config["vision_cfg"].get("patch_size", 16), f"{name}: vision_cfg.patch_size")
+    for param in _vision_params(vision, joint, patch):
+        params[param.name] = param
+    if config.get("text_cfg") is None:
+        return ModelSpec("vit", name, config, towers, params, joint)
+    text_cfg = config["text_cfg"]
+    towers["text"] = text = _text_tower(text_cfg, activation, f"{name}: text_cfg")
+    for param in _text_params(text, joint, int(text_cfg.get("vocab_size", 49408))):
+        params[param.name] = param
+    scale = float(config.get("init_logit_scale") or log(1 / 0.07))
+    params["logit_scale"] = Param("logit_scale", (), "", "post", None, Init("constant", scale))
+    if config.get("init_logit_bias") is not None:
+        bias = Init("constant", float(config["init_logit_bias"]))
+        params["logit_bias"] = Param("logit_bias", (), "", "post", None, bias)
+    return ModelSpec("clip", name, config, towers, params, joint)
+
+
+def _check_fields(config: dict[str, Any], read: set[str], where: str) -> None:
+    for field, value in config.items():
+        if field in read or (field in _ONLY_DEFAULT and value in _ONLY_DEFAULT[field]):
+            continue
+        if field in _ONLY_DEFAULT:
+            raise UserError(f"{where}: {field}={value!r} is not supported; remove it or use {_ONLY_DEFAULT[field][0]!r}")
+        if field.startswith(("timm_", "hf_", "attn_pooler_")):
+            continue  # settings of a feature that the model name fields above switch off
+        raise UserError(f"{where}: unknown or unsupported field '{field}'; see docs/models.md for those supported")
+
+
+def _integer(config: dict[str, Any], field: str, where: str, default: int | None = None) -> int:
+    value = config.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{where}: '{field}' must be a positive integer, not {value!r}")
+    return value
+
+
+def _square(value: Any, where: str) -> int:
+    if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{where} must be one positive integer (square), not {value!r}")
+    return value
+
+
+def _norm_eps(config: dict[str, Any], where: str) -> float:
+    kwargs = dict(config.get("norm_kwargs") or {})
+    eps = float(kwargs.pop("eps", 1e-5))
+    if kwargs:
+        raise UserError(f"{where}: norm_kwargs may hold only 'eps', not {sorted(kwargs)}")
+    return eps
+
+
+def _vision_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
+    _check_fields(cfg, _VISION_READ, where)
+    width = _integer(cfg, "width", where, 768)
+    head_dim = _integer(cfg, "head_width", where, 64)
+    if width % head_dim:
+        raise UserError(f"{where}: width {width} is not divisible by head_width {head_dim}; change one of them")
+    image = _square(cfg.get("image_size", 224), f"{where}.image_size")
+    patch = _square(cfg.get("patch_size", 16), f"{where}.patch_size")
+    if image % patch:
+        raise UserError(f"{where}: image_size {image} is not divisible by patch_size {patch}; change one of them")
+    pool = cfg.get("pool_type", "tok")
+    if pool not in ("tok", "avg"):
+        raise UserError(f"{where}: pool_type {pool!r} is not supported; use 'tok' or 'avg'")
+    return Tower(
+        name="vision",
+        width=width,
+        layers=_integer(cfg, "layers", where, 12),
+        heads=width // head_dim,
+        head_dim=head_dim,
+        mlp=int(width * float(cfg.get("mlp_ratio", 4.0))),
+        tokens=(image // patch) ** 2 + 1,
+        activation=activation,
+        norm_eps=_norm_eps(cfg, where),
+        causal=False,
+        pool=pool,
+        ln_pre=not cfg.get("no_ln_pre", False),
+        norm_after_pool=bool(cfg.get("final_ln_after_pool", False)),
+        block_prefix="visual.transformer.resblocks",
+    )
+
+
+def _text_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
+    _check_fields(cfg, _TEXT_READ | _TOKENIZER, where)
+    width = _integer(cfg, "width", where, 512)
+    heads = _integer(cfg, "heads", where, 8)
+    if width % heads:
+        raise UserError(f"{where}: width {width} is not divisible by heads {heads}; change one of them")
+    pool = cfg.get("pool_type", "argmax")
+    if pool not in ("argmax", "eos", "first", "last"):
+        raise UserError(f"{where}: pool_type {pool!r} is not supported; use 'argmax', 'eos', 'first' or 'last'")
+    return Tower(
+        name="text",
+        width=width,
+        layers=_integer(cfg, "layers", where, 12),
+        heads=heads,
+        head_dim=width // heads,
+        mlp=int(width * float(cfg.get("mlp_ratio", 4.0))),
+        tokens=_integer(cfg, "context_length", where, 77),
+        activation=activation,
+        norm_eps=_norm_eps(cfg, where),
+        causal=not cfg.get("no_causal_mask", False),
+        pool=pool,
+        ln_pre=False,
+        norm_after_pool=False,  # open_clip's CLIP always normalises the text tower's tokens before pooling
+        block_prefix="transformer.resblocks",
+    )
+
+
+def _block_params(tower: Tower) -> list[Param]:
+    """The transformer blocks. Distributions are open_clip's: torch's defaults in the vision tower (it defines no
+    own), width-scaled normals in the text tower."""
+    width, mlp, heads = tower.width, tower.mlp, tower.heads * tower.head_dim
+    normal = tower.name == "text"
+    zero, one = Init("constant", 0.0), Init("constant", 1.0)
+
+    def matrix(std: float, bound: float) -> Init:
+        return Init("normal", std) if normal else Init("uniform", bound)
+
+    # The fused [3d, d] in-projection is xavier-uniform as one matrix: bound = sqrt(6 / (d + 3 d)).
+    qkv = matrix(width**-0.5, sqrt(6 / (width + 3 * heads)))
+    out = matrix((width * 2 * tower.layers) ** -0.5, heads**-0.5)
+    fc, proj = matrix((2 * width) ** -0.5, width**-0.5), matrix((width * 2 * tower.layers) ** -0.5, mlp**-0.5)
+    read, write = Dim("embed", "read", width), Dim("embed", "write", width)
+    heads_in, heads_out = Dim("heads", "write", heads), Dim("heads", "read", heads)
+    mlp_in, mlp_out = Dim("mlp", "write", mlp), Dim("mlp", "read", mlp)
+    scale, shift = Dim("embed", "norm_scale", width), Dim("embed", "norm_bias", width)
+    rows: list[tuple[str, tuple[Dim, ...], Init, int | None]] = [
+        ("ln_1.weight", (scale,), one, None),
+        ("ln_1.bias", (shift,), zero, None),
+        ("attn.q_proj.weight", (heads_in, read), qkv, 0),
+        ("attn.k_proj.weight", (heads_in, read), qkv, 0),
+        ("attn.v_proj.weight", (heads_in, read), qkv, 0),
+        ("attn.q_proj.bias", (heads_in,), zero, 0),
+        ("attn.k_proj.bias", (heads_in,), zero, 0),
+        ("attn.v_proj.bias", (heads_in,), zero, 0),
+        ("attn.out_proj.weight", (write, heads_out), out, 1),
+        ("attn.out_proj.bias", (write,), zero, None),
+        ("ln_2.weight", (scale,), one, None),
+        ("ln_2.bias", (shift,), zero, None),
+        ("mlp.c_fc.weight", (mlp_in, read), fc, 0),
+        ("mlp.c_fc.bias", (mlp_in,), Init("uniform", width**-0.5), 0),
+        ("mlp.c_proj.weight", (write, mlp_out), proj, 1),
+        ("mlp.c_proj.bias", (write,), Init("uniform", mlp**-0.5), None),
+    ]
+    return [
+        Param(f"{tower.block_prefix}.{layer}.{suffix}", dims, tower.name, "layer", layer, init, tensor_dim)
+        for layer in range(tower.layers)
+        for suffix, dims, init, tensor_dim in rows
+    ]
+
+
+def _norm(name: str, tower: Tower, stage: Any) -> list[Param]:
+    return [
+        Param(f"{name}.weight", (Dim("embed", "norm_scale", tower.width),), tower.name, stage, None, Init("constant", 1.0)),
+        Param(f"{name}.bias", (Dim("embed", "norm_bias", tower.width),), tower.name, stage, None, Init("constant", 0.0)),
+    ]
+
+
+def _vision_params(tower: Tower, joint: int, patch: int) -> list[Param]:
+    write = Dim("embed", "write", tower.width)
+    scale = Init("normal", tower.width**-0.5)
+    conv_dims = (write, Dim("channels", "free", 3), Dim("patch", "free", patch), Dim("patch", "free", patch))
+    conv = Init("uniform", (3 * patch * patch) ** -0.5)
+    params = [
+        Param("visual.class_embedding", (write,), "vision", "pre", None, scale),
+        Param("visual.positional_embedding", (Dim("tokens", "free", tower.tokens), write), "vision", "pre", None, scale),
+        Param("visual.conv1.weight", conv_dims, "vision", "pre", None, conv),
+        *(_norm("visual.ln_pre", tower, "pre") if tower.ln_pre else []),
+        *_block_params(tower),
+        *_norm("visual.ln_post", tower, "post"),
+    ]
+    dims = (Dim("embed", "read", tower.width), Dim("joint", "write", joint))
+    return [*params, Param("visual.proj", dims, "vision", "post", None, scale)]
+
+
+def _text_params(tower: Tower, joint: int, vocab: int) -> list[Param]:
+    write = Dim("embed", "write", tower.width)
+    tokens, words = Dim("tokens", "free", tower.tokens), Dim("vocab", "free", vocab)
+    dims = (Dim("embed", "read", tower.width), Dim("joint", "write", joint))
+    return [
+        Param("positional_embedding", (tokens, write), "text", "pre", None, Init("normal", 0.01)),
+        Param("token_embedding.weight", (words, write), "text", "pre", None, Init("normal", 0.02), 0),
+        *_block_params(tower),
+        *_norm("ln_final", tower, "post"),
+        Param("text_projection", dims, "text", "post", None, Init("normal", tower.width**-0.5)),
+    ]
