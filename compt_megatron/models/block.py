@@ -1,0 +1,128 @@
+"""The transformer block of a tower: megatron-core's TransformerBlock with our choice of layers and settings."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from compt_megatron.models.attention import SdpaAttention
+from compt_megatron.spec.table import Tower
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's approximation of GELU: x · sigmoid(1.702 x), elementwise."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, with the tower's eps; torch computes statistics in fp32 for bf16 inputs.
+
+    Unlike megatron-core's WrappedTorchNorm it may be used under sequence parallelism: each rank then sees only part of
+    the tokens, and the mark on its parameters makes megatron sum their gradients over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """ColumnParallelLinear that adds its bias inside the product when the weight is not split.
+
+    megatron-core returns the bias to be added later (to fuse it with an activation on GPUs): unfused, that is one more
+    pass over the widest activation.
+    """
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if self.output_size_per_partition == self.output_size:
+            return F.linear(input_, self.weight, self.bias), None
+        return super().forward(input_, *args, **kwargs)
+
+
+class RowLinear(RowParallelLinear):
+    """RowParallelLinear that adds its bias inside the product when the weight is not split."""
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if self.input_size_per_partition == self.input_size:
+            return F.linear(input_, self.weight, self.bias), None
+        return super().forward(input_, *args, **kwargs)
+
+
+def transformer_config(tower: Tower, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
+    """megatron-core's settings for `tower` in the current groups. `recompute`: keep only block inputs for backward."""
+    recomputation: dict[str, Any] = {}
+    if recompute:
+        recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    with warnings.catch_warnings():  # its own default for CUDA graphs is announced as deprecated
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
+        return _config(tower, dtype, recomputation)
+
+
+def _config(tower: Tower, dtype: torch.dtype, recomputation: dict[str, Any]) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=tower.layers,
+        hidden_size=tower.width,
+        num_attention_heads=tower.heads,
+        kv_channels=tower.head_dim,
+        ffn_hidden_size=tower.mlp,
+        activation_func={"gelu": F.gelu, "quick_gelu": quick_gelu}[tower.activation],
+        layernorm_epsilon=tower.norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # weights always come from a file: allocate only, and on the ambient device (`with torch.device(...)`)
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        # fusions that need CUDA or apex
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        **recomputation,
+    )
+
+
+def layer_spec(tower: Tower) -> ModuleSpec:
+    """The pre-norm layer x + attention(ln_1 x), x + mlp(ln_2 x). Files name its norms as Transformer Engine does."""
+    mask = AttnMaskType.causal if tower.causal else AttnMaskType.no_mask
+    attention = SelfAttentionSubmodules(linear_qkv=ColumnLinear, core_attention=SdpaAttention, linear_proj=RowLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=LayerNorm,
+            self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=LayerNorm,
+            mlp=_mlp_spec(),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def _mlp_spec() -> Any:
+    submodules = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+    if hasattr(MLP, "as_mlp_submodule"):  # megatron-core >= 0.18 takes a callable and warns about a ModuleSpec
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(MLP, submodules=submodules)
