@@ -60,7 +60,14 @@ def find_model_config(name: str, beside: Path | None = None) -> Path:
     near = difflib.get_close_matches(given.stem, [*ours, *theirs], n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     more = "" if theirs else " (open_clip's model names need: pip install open_clip_torch)"
-    raise UserError(f"model config {name!r} not found beside the recipe, among the packaged ones or in open_clip{more}{hint}")
+    raise UserError(
+        f"model config {name!r} not found beside the recipe, among the packaged ones or in open_clip{more}{hint}"
+    )
+
+
+def model_stem(name: str) -> str:
+    """The short name of model config `name`: its file's, without folder and `.json`."""
+    return Path(name).name.removesuffix(".json")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,212 @@
+"""The sections of a recipe: what each link trains on, with, and how. Every field is checked and described here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator, with_config
+from typing_extensions import TypedDict
+
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+Precision = Literal["fp32", "bf16"]
+AlignedTower = Literal["image", "text"]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+Pair = Annotated[list[PositiveNumber], Field(min_length=2, max_length=2)]
+
+
+class Section(BaseModel):
+    """What all parts of a recipe share: no unknown keys, no silent conversions, no changes after loading."""
+
+    model_config = STRICT
+
+
+class ObjectiveSettings(Section):
+    """The task loss. Options that the named objective does not have must be left out."""
+
+    name: Literal["clip", "siglip", "classify"] = Field(
+        default="clip",
+        description="The loss: softmax contrastive (CLIP), sigmoid contrastive (SigLIP) or cross-entropy on labels.",
+    )
+    same_caption: Literal["separate", "shared"] = Field(
+        default="separate",
+        description="`clip` and `siglip`: whether two samples of a batch with the same caption are each other's "
+        "negatives (`separate`, as open_clip) or share their positives (`shared`).",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="`classify`: the probability spread evenly over all classes."
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the named objective."""
+        if self.name == "classify":
+            return {"label_smoothing": self.label_smoothing}
+        return {"same_caption": self.same_caption}
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveSettings:
+        if self.name == "classify" and self.same_caption != "separate":
+            raise ValueError("'same_caption' is not an option of objective 'classify'; remove it")
+        if self.name != "classify" and self.label_smoothing:
+            raise ValueError(f"'label_smoothing' is not an option of objective {self.name!r}; remove it")
+        return self
+
+
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class Augmentation(TypedDict, total=False):
+    """Fields of open_clip's `aug_cfg`; those left out keep open_clip's defaults."""
+
+    scale: Annotated[Pair, Field(description="[least, most] share of the image's area that a crop keeps.")]
+    ratio: Annotated[Pair, Field(description="[least, most] aspect ratio of a crop (with `use_timm`).")]
+    color_jitter: Annotated[
+        float | list[float], Field(description="Strength of colour changes: a number, or one each per component.")
+    ]
+    color_jitter_prob: Annotated[Fraction, Field(description="Share of images whose colours are changed.")]
+    gray_scale_prob: Annotated[Fraction, Field(description="Share of images made grey.")]
+    interpolation: Annotated[Literal["bicubic", "bilinear", "random"], Field(description="How images are resampled.")]
+    re_prob: Annotated[Fraction, Field(description="Share of images with an erased rectangle (with `use_timm`).")]
+    re_count: Annotated[Positive, Field(description="Erased rectangles per such image (with `use_timm`).")]
+    use_timm: Annotated[bool, Field(description="Use timm's transforms instead of torchvision's.")]
+
+
+class DataSettings(Section):
+    """What is trained and evaluated on."""
+
+    train: str | list[str] = Field(
+        description="The training source: a built-in set (`emoji/train`), a folder of shards, a brace pattern "
+        "(`shards/{00000..00331}.tar`), a `pipe:` command, or a list of these."
+    )
+    eval: list[str] = Field(default_factory=list, description="Held-out sources, evaluated in this order.")
+    batch_size: Positive = Field(description="Samples of a step over all ranks (the global batch).")
+    captions: Positive = Field(default=1, description="Captions of every sample that a step uses.")
+    workers: Natural = Field(default=0, description="Loader processes of each rank; 0 loads in the training process.")
+    streams: Positive | None = Field(
+        default=None,
+        description="Logical shard streams that ranks and workers share out; null: chosen from the source.",
+    )
+    samples: Positive | None = Field(default=None, description="Samples of one epoch; null: counted from the source.")
+    shuffle_window: Positive = Field(default=2048, description="Samples of a stream among which the order is drawn.")
+    skip_budget: Fraction = Field(
+        default=0.001, description="Share of broken samples that may be skipped before an error."
+    )
+    cache: bool | None = Field(
+        default=None, description="Keep decoded samples in memory; null: where the source is small."
+    )
+    augment: Augmentation = Field(
+        default_factory=lambda: Augmentation(), description="Fields of open_clip's `aug_cfg` for training images."
+    )
+    caption_key: str | None = Field(
+        default=None, description="Which member of a sample holds its captions, such as `txt` or `json`; null: found."
+    )
+    caption_fields: list[str] = Field(
+        default_factory=list, description="Fields of a JSON member that are captions (strings or lists); empty: found."
+    )
+
+
+class OptimizerSettings(Section):
+    """The optimizer and its learning-rate schedule. Weight decay applies to matrices only."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    lr: PositiveNumber = Field(description="Peak learning rate.")
+    weight_decay: Rate = Field(default=0.1, description="Decoupled weight decay, of matrices only.")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: [0.9, 0.98], description="Decay of the two moments."
+    )
+    eps: PositiveNumber = Field(default=1e-6, description="Added to the root of the second moment.")
+    warmup_steps: Natural = Field(default=0, description="Steps over which the rate rises linearly from 0.")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="The rate after warm-up.")
+    final_lr: Rate = Field(default=0.0, description="Rate at the last step of the cosine schedule.")
+    clip_grad: PositiveNumber | None = Field(
+        default=None, description="Largest global gradient norm; null: not clipped."
+    )
+
+
+class ParallelSettings(Section):
+    """How one link is spread over devices."""
+
+    engine: Literal["deepspeed"] = Field(default="deepspeed", description="The training engine.")
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=1, description="ZeRO stage: what is sharded over ranks (1 optimizer, 2 gradients too, 3 weights too)."
+    )
+    tensor: Positive = Field(default=1, description="Tensor-parallel size; must divide the heads of every tower.")
+    pipeline: Positive = Field(default=1, description="Pipeline-parallel size; must divide the layers of every tower.")
+    micro_batches: Positive = Field(default=1, description="Micro-batches that a rank's batch is cut into.")
+    recompute: bool = Field(default=False, description="Recompute each block's activations in the backward pass.")
+    offload: Literal["none", "optimizer"] = Field(default="none", description="What is kept in CPU memory.")
+
+
+class EvaluateSettings(Section):
+    """Evaluation during and after a link."""
+
+    every_epochs: PositiveNumber | None = Field(
+        default=None, description="Evaluate this often while training; null: never."
+    )
+    at_end: bool = Field(default=True, description="Evaluate when the link is trained.")
+    templates: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["{}"], description="Prompts of zero-shot classification; `{}` is the class name."
+    )
+    batch_size: Positive = Field(default=256, description="Images or texts of a rank's evaluation batch.")
+    retrieval: bool = Field(default=True, description="Measure image-text retrieval recall too.")
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateSettings:
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"template {template!r} has no '{{}}' for the class name; add it")
+        return self
+
+
+class CheckpointSettings(Section):
+    """Checkpoints of the run."""
+
+    every_steps: Positive | None = Field(default=None, description="Steps between checkpoints; null: one per epoch.")
+    keep: Positive = Field(default=2, description="How many of a link's checkpoints are kept.")
+
+
+class ReportSettings(Section):
+    """What is shown while training."""
+
+    every_steps: Positive = Field(default=20, description="Steps between log lines.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard scalars.")
+
+
+class GrowSettings(Section):
+    """How a link's initial weights are made from the previous link's."""
+
+    operator: Literal["exact", "corner", "reference"] = Field(
+        default="exact",
+        description="`exact`: the same function; `corner`: the paper's text; `reference`: the published code.",
+    )
+    depth: Literal["identity", "interleave", "stack", "middle"] | None = Field(
+        default=None, description="Where new layers come from; null: the operator's default."
+    )
+    axes: dict[str, str] = Field(default_factory=dict, description="Mode of single axes, such as `mlp: append`.")
+    allow_approximate: bool = Field(default=False, description="Record what cannot be exact instead of refusing.")
+
+
+class AlignSettings(Section):
+    """How a link's features are aligned to those of the frozen previous link."""
+
+    weight: Rate = Field(
+        default=1.0,
+        description="Weight on the squared distance of unit feature vectors, summed over towers, at any width.",
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="The weight over the link."
+    )
+    end: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Share of the link's steps after which the weight is 0; null: the whole link."
+    )
+    distance: Literal["mse", "cosine", "smooth_l1"] = Field(
+        default="mse", description="Distance of two feature vectors."
+    )
+    clamp: bool = Field(
+        default=False, description="Never let the alignment loss exceed the task loss (as in the paper)."
+    )
+    towers: Annotated[list[AlignedTower], Field(min_length=1)] = Field(
+        default_factory=lambda: list(get_args(AlignedTower)), description="The towers that are aligned."
+    )
