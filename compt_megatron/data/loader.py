@@ -1,0 +1,220 @@
+"""The training loader: this rank's rows of every global step, from any step on.
+
+Row i of global step t is the same sample with the same captions and the same augmentation whatever the number of
+ranks and workers, and whether the run was interrupted or not (see stream.py). Every stream contributes batch_size / V
+neighbouring rows; rank r owns V / world neighbouring streams and its workers share those out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from compt_megatron.data.batch import Batch
+from compt_megatron.data.samples import Decoder, Sample
+from compt_megatron.data.seeds import Use, draw_captions, forked_random_state, mix, seed_all
+from compt_megatron.data.source import ShardSource
+from compt_megatron.data.stream import SampleStore, SkipBudget, StreamPlan, default_streams, emit
+from compt_megatron.errors import UserError
+
+CACHE_STORED_BYTES = 256 << 20  # data sets up to this size as stored are kept decoded ...
+CACHE_DECODED_BYTES = 1 << 30  # ... as long as a rank's images stay below this size
+PREFETCHED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A UserError on its way out of a worker process (the DataLoader would bury it in a traceback)."""
+
+    message: str
+
+
+class _StepParts(IterableDataset):
+    """What one worker contributes to each step: the rows of its streams. Plain data, so it can be spawned."""
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        source: ShardSource,
+        decoder: Decoder,
+        transform: Callable[..., torch.Tensor],
+        tokenizer: Callable[[Sequence[str]], torch.Tensor] | None,
+        captions: int,
+        rows: int,
+        streams: range,
+        start_step: int,
+        skip_budget: float,
+        cache_bytes: int,
+    ) -> None:
+        self.plan, self.source, self.decoder, self.transform, self.tokenizer = (
+            plan,
+            source,
+            decoder,
+            transform,
+            tokenizer,
+        )
+        self.captions, self.rows, self.streams, self.start_step = captions, rows, streams, start_step
+        self.skip_budget, self.cache_bytes = skip_budget, cache_bytes
+
+    def __iter__(self) -> Iterator[Batch | _Failure]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        total = len(self.streams)
+        mine = self.streams[worker * total // workers : (worker + 1) * total // workers]
+        try:
+            yield from self.parts(mine, self.cache_bytes // workers)
+        except UserError as error:
+            if info is None:
+                raise
+            yield _Failure(str(error))
+
+    def parts(self, streams: range, cache_bytes: int) -> Iterator[Batch]:
+        store = SampleStore(self.source, self.decoder, cache_bytes)
+        budget = SkipBudget(self.source, self.skip_budget)
+        position = self.start_step * self.rows
+        emissions = [(stream, emit(self.plan, store, budget, stream, position)) for stream in streams]
+        step = self.start_step
+        while True:
+            drawn = [(stream, *next(samples)) for stream, samples in emissions for _ in range(self.rows)]
+            yield self.collate(drawn, step)
+            step += 1
+
+    def collate(self, drawn: list[tuple[int, int, Sample]], step: int) -> Batch:
+        """Augment, choose captions, tokenize: (stream, position, sample) of each row -> Batch."""
+        prepare = getattr(self.transform, "prepare", self.transform)
+        finish = getattr(self.transform, "finish", torch.stack)
+        seed = self.plan.seed
+        prepared: list[Any] = []
+        texts: list[torch.Tensor] = []
+        with forked_random_state():
+            for stream, position, sample in drawn:
+                seed_all(mix(seed, Use.AUGMENT, stream, position))
+                prepared.append(prepare(sample.image))
+                if self.tokenizer is not None:
+                    chosen = draw_captions(len(sample.captions), self.captions, seed, Use.CAPTIONS, stream, position)
+                    texts.append(self.tokenizer([sample.captions[index] for index in chosen]))
+        labels = None if self.tokenizer is not None else torch.tensor([sample.label for _, _, sample in drawn])
+        return Batch(finish(prepared), torch.stack(texts) if texts else None, labels, [s.id for _, _, s in drawn], step)
+
+
+class TrainLoader:
+    """Batches of steps start_step, start_step + 1, ... for ever.
+
+    `batch_size` is the global one. With a `tokenizer` batches have `texts` [b, captions, context], without one they
+    have `labels` [b]. `transform` makes a [3, H, W] tensor of an RGB image and may draw from torch's, numpy's and
+    Python's global generators; it does so in a forked state, seeded by (seed, stream, position). `streams` fixes V,
+    the number of logical streams: a run records `loader.streams` in its checkpoint and passes it on resuming, since V
+    is part of what decides the order of samples. `workers` processes prefetch two steps (0: none, in this process).
+    `shuffle_window` samples a stream are held in memory, undecoded, unless the whole set is small and local: then
+    it is kept decoded (`cache`: True, False, or None for that choice). `skip_budget`: see `SkipBudget`.
+
+    Raises UserError, here or while iterating, for a layout or data that cannot work.
+    """
+
+    def __init__(
+        self,
+        source: ShardSource,
+        *,
+        tokenizer: Callable[[Sequence[str]], torch.Tensor] | None,
+        transform: Callable[..., torch.Tensor],
+        batch_size: int,
+        captions: int = 1,
+        seed: int = 0,
+        streams: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        start_step: int = 0,
+        skip_budget: float = 0.001,
+        shuffle_window: int = 2048,
+        caption_keys: Sequence[str] | None = None,
+        cache: bool | None = None,
+        pin_memory: bool = False,
+        start_method: str | None = None,
+    ) -> None:
+        self.streams = streams or default_streams(len(source.shards), batch_size)
+        _check_layout(source, batch_size, self.streams, world)
+        self.source, self.batch_size, self.start_step = source, batch_size, start_step
+        own = self.streams // world
+        self.workers = min(workers, own)
+        self.pin_memory, self.start_method = pin_memory, start_method
+        self._parts = _StepParts(
+            StreamPlan(source.sizes, self.streams, seed, shuffle_window),
+            source,
+            Decoder("label" if tokenizer is None else "captions", caption_keys, source.classes),
+            transform,
+            tokenizer,
+            captions,
+            batch_size // self.streams,
+            range(rank * own, (rank + 1) * own),
+            start_step,
+            skip_budget,
+            _cache_bytes(source, cache),
+        )
+        self._workers: Any = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global steps in which every sample is seen once (rounded down)."""
+        return self.source.samples // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        if self.workers == 0:
+            yield from (self._finished([part]) for part in self._parts)  # type: ignore[misc]
+            return
+        # Its own generator: the DataLoader would otherwise draw a seed from the trainer's.
+        loader = DataLoader(
+            self._parts,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=PREFETCHED_STEPS,
+            generator=torch.Generator(),
+            multiprocessing_context=self.start_method,
+        )
+        self._workers = parts = iter(loader)
+        try:
+            while True:  # the DataLoader takes from its workers in turn
+                yield self._finished([next(parts) for _ in range(self.workers)])
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the worker processes. Iterating again starts over at `start_step`."""
+        if self._workers is not None:
+            self._workers._shutdown_workers()
+            self._workers = None
+
+    def _finished(self, parts: list[Batch | _Failure]) -> Batch:
+        pieces = []
+        for part in parts:
+            if isinstance(part, _Failure):
+                raise UserError(part.message)
+            pieces.append(part)
+        batch = Batch.join(pieces)
+        return batch.pin() if self.pin_memory else batch
+
+
+def _check_layout(source: ShardSource, batch_size: int, streams: int, world: int) -> None:
+    if source.samples < batch_size:
+        raise UserError(
+            f"data {source.name!r} has {source.samples} samples, fewer than one batch of {batch_size}; "
+            "lower data.batch_size or add data"
+        )
+    if batch_size % streams:
+        raise UserError(f"data.batch_size {batch_size} is not a multiple of data.streams {streams}; change one of them")
+    if streams % world:
+        fitting = [count for count in range(world, 65, world) if batch_size % count == 0]
+        mend = f"set data.streams: {fitting[-1]}" if fitting else f"make data.batch_size a multiple of {world}"
+        raise UserError(f"data.streams {streams} do not divide among {world} data-parallel ranks; {mend}")
+
+
+def _cache_bytes(source: ShardSource, cache: bool | None) -> int:
+    stored = source.bytes
+    if cache is None:
+        cache = stored is not None and stored <= CACHE_STORED_BYTES
+    return CACHE_DECODED_BYTES if cache else 0
