@@ -1,0 +1,61 @@
+"""Learned linear maps from the student's feature width to the teacher's, where the two differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+
+import torch
+from torch import nn
+
+from compt_megatron.numerics import full_precision
+from compt_megatron.spec.random import uniform
+from compt_megatron.spec.table import ModelSpec
+
+
+class Projections(nn.Module):
+    """One linear layer for each tower in `widths` (tower -> (student width, teacher width)) whose widths differ.
+
+    The weights are a function of (seed, name) alone, hence identical on all ranks; the distribution is torch's own
+    for linear layers, as in the published code. The parameters belong to the optimizer, and to the checkpoint under
+    the names align/<tower>.weight [teacher, student] and align/<tower>.bias [teacher].
+    """
+
+    def __init__(self, widths: dict[str, tuple[int, int]], seed: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        for tower, (student, teacher) in widths.items():
+            if student == teacher:
+                continue
+            layer = nn.Linear(student, teacher)
+            bound = 1.0 / sqrt(student)
+            with torch.no_grad():
+                for part, parameter in layer.named_parameters():
+                    shape = tuple(parameter.shape)
+                    parameter.copy_(uniform(seed, f"align/{tower}.{part}", shape, low=-bound, high=bound))
+            self.layers[tower] = layer
+
+    @classmethod
+    def between(cls, student: ModelSpec, teacher: ModelSpec, seed: int = 0) -> Projections:
+        """The projections that aligning `student` to `teacher` needs; none (no parameters) if embed sizes agree."""
+        towers = ("image", "text") if student.family == "clip" else ("image",)
+        return cls(dict.fromkeys(towers, (student.joint, teacher.joint)), seed)
+
+    def forward(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`outputs` plus align/<tower> [..., teacher width] for each projected tower present; in the weights' dtype."""
+        projected = dict(outputs)
+        for tower, layer in self.layers.items():
+            if tower in outputs:
+                with full_precision(outputs[tower].device):
+                    projected[f"align/{tower}"] = layer(outputs[tower].to(next(layer.parameters()).dtype))
+        return projected
+
+    def canonical(self) -> dict[str, nn.Parameter]:
+        """Checkpoint name -> parameter."""
+        return {f"align/{name.removeprefix('layers.')}": parameter for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_canonical(self, get: Callable[[str], torch.Tensor]) -> None:
+        """Fill every parameter with get(its checkpoint name)."""
+        for name, parameter in self.canonical().items():
+            parameter.copy_(get(name))

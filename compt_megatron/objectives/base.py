@@ -1,0 +1,43 @@
+"""What an objective is: features of a batch -> this rank's share of the global batch's loss."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from compt_megatron.share import ObjectiveResult
+
+__all__ = ["LabelledBatch", "Objective", "ObjectiveResult", "slots"]
+
+
+class LabelledBatch(Protocol):
+    """The part of data.Batch that objectives read: texts [b, captions, ctx] int64 or None, labels [b] int64 or None."""
+
+    @property
+    def texts(self) -> torch.Tensor | None: ...
+
+    @property
+    def labels(self) -> torch.Tensor | None: ...
+
+
+class Objective(Protocol):
+    """A loss over features.
+
+    `outputs` holds plain tensors of any float dtype, from a model or from a cache of features: image [b, d] and text
+    [b * captions, d] (sample-major: the captions of a sample are neighbours), both un-normalised; logit_scale 0-D,
+    already exponentiated; optionally logit_bias 0-D. All ranks of `group` (None: the default group) hold the same b.
+    """
+
+    name: str
+
+    def __call__(
+        self, outputs: dict[str, torch.Tensor], batch: LabelledBatch | None, group: dist.ProcessGroup | None = None
+    ) -> ObjectiveResult: ...
+
+
+def slots(image: torch.Tensor, text: torch.Tensor) -> int:
+    """How many captions an image has, from image [b, d] and text [b * captions, d]."""
+    assert text.shape[0] % image.shape[0] == 0, f"{text.shape[0]} texts are not a multiple of {image.shape[0]} images"
+    return text.shape[0] // image.shape[0]

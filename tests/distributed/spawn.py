@@ -1,0 +1,113 @@
+"""Runs a function in several gloo processes on this machine."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+# Children are forked from one server that has imported torch and run nothing: cheap to start, and safe to fork.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed"])
+
+
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120, env: dict[str, str] | None = None
+) -> list[Any]:
+    """Call `function(rank, world, *args)` in `world` processes whose default process group is gloo.
+
+    `function` is a module's top-level function; arguments and results are pickled (so return detached tensors on the
+    CPU, and no views of large ones). `env` is set in the children before the call; they run with one OpenMP thread.
+    Returns the results in rank order. Raises AssertionError with the child's traceback if one fails, and with the
+    stacks of those still running if not all are done after `timeout` seconds; no child outlives the call.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the server imports torch
+    folder = Path(tempfile.mkdtemp(prefix="ranks_"))
+    children: list[Any] = []
+    pipes: list[Connection] = []
+    # Plain pickle: multiprocessing's own would pass tensors as shared memory, which dies with the process.
+    call = pickle.dumps((function, args))
+    try:
+        for rank in range(world):
+            ours, theirs = _context.Pipe(duplex=False)
+            child_args = (theirs, str(folder), rank, world, timeout, env or {}, call)
+            child = _context.Process(target=_child, args=child_args, name=f"rank{rank}")
+            child.start()
+            theirs.close()
+            children.append(child)
+            pipes.append(ours)
+        return _collect(pipes, children, folder, timeout)
+    finally:
+        for child in children:
+            if child.is_alive():
+                child.kill()
+            child.join()
+        for pipe in pipes:
+            pipe.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _collect(pipes: list[Connection], children: list[Any], folder: Path, timeout: float) -> list[Any]:
+    deadline = time.monotonic() + timeout
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        pending = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = wait(list(pending), timeout=max(deadline - time.monotonic(), 0))
+        if not ready:
+            stacks = "\n".join(f"rank {rank}:\n{_stack(folder, rank)}" for rank in pending.values())
+            raise AssertionError(f"ranks {sorted(pending.values())} not done after {timeout} s\n{stacks}")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pending[pipe]
+            try:
+                good, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                children[rank].join(10)
+                raise AssertionError(f"rank {rank} died with exit code {children[rank].exitcode}") from None
+            if not good:
+                raise AssertionError(f"rank {rank} of {len(pipes)} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _stack(folder: Path, rank: int) -> str:
+    path = folder / f"stack{rank}"
+    return path.read_text() if path.exists() else "(no stack)"
+
+
+def _child(
+    pipe: Connection,
+    folder: str,
+    rank: int,
+    world: int,
+    timeout: float,
+    env: dict[str, str],
+    call: bytes,
+) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.update(env)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    with open(Path(folder) / f"stack{rank}", "w") as stack:
+        faulthandler.dump_traceback_later(max(timeout - 2, 0.5), file=stack)
+        try:
+            function, args = pickle.loads(call)
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+            message = pickle.dumps((True, function(rank, world, *args)))
+            dist.barrier()  # nobody leaves while another still talks to it
+        except BaseException:
+            message = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(message)
+        faulthandler.cancel_dump_traceback_later()
