@@ -31,7 +31,7 @@ def build_model(
         model = ClipModel(_vision(spec, dtype, recompute), _text(spec, dtype, recompute))
         for name in ("logit_scale", "logit_bias"):
             if name in spec.params:
-                setattr(model, name, nn.Parameter(torch.empty((), dtype=dtype)))
+                setattr(model, name, nn.Parameter(torch.empty(1, dtype=dtype)))
     return model
 
 

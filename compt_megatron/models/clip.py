@@ -15,7 +15,8 @@ MAX_LOG_SCALE = log(100)
 class ClipModel(nn.Module):
     """CLIP (arXiv 2103.00020), or with `text` None a plain ViT whose image features are class logits.
 
-    `logit_scale` and `logit_bias` are 0-D parameters or None; the scale is kept as its logarithm.
+    `logit_scale` and `logit_bias` are parameters of shape [1] or None: they are 0-D in the table and in files, but
+    DeepSpeed cannot broadcast 0-D parameters. The scale is kept as its logarithm.
     """
 
     def __init__(
@@ -41,17 +42,17 @@ class ClipModel(nn.Module):
         return self.text(tokens)
 
     def forward(self, images: Tensor | None = None, texts: Tensor | None = None) -> dict[str, Tensor]:
-        """Features of what is given: `image` [b, joint], `text` [n, joint]; and in fp32, 0-D, `logit_scale` (the
-        scale itself, not its logarithm) and `logit_bias`, as far as the model has them."""
+        """Features of what is given, `image` [b, joint] and `text` [n, joint], and what the model has of `logit_scale`
+        (the scale itself, not its logarithm) and `logit_bias`, 0-D, in fp32 or better."""
         outputs: dict[str, Tensor] = {}
         if images is not None:
             outputs["image"] = self.encode_image(images)
         if texts is not None:
             outputs["text"] = self.encode_text(texts)
         if self.logit_scale is not None:
-            outputs["logit_scale"] = self.logit_scale.float().exp()
+            outputs["logit_scale"] = _at_least_fp32(self.logit_scale).exp()
         if self.logit_bias is not None:
-            outputs["logit_bias"] = self.logit_bias.float()
+            outputs["logit_bias"] = _at_least_fp32(self.logit_bias)
         return outputs
 
     @torch.no_grad()
@@ -63,3 +64,7 @@ class ClipModel(nn.Module):
         """
         if self.logit_scale is not None:
             self.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
+
+
+def _at_least_fp32(scalar: Tensor) -> Tensor:
+    return scalar.to(torch.promote_types(scalar.dtype, torch.float32)).squeeze()

@@ -63,7 +63,7 @@ def _use_cpu_random_state() -> None:
     They ask for the state of the CUDA generator, which raises without CUDA; setting it would queue a callback that
     never runs.
     """
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
 
     def get_state(*_: Any, **__: Any) -> torch.Tensor:
         return torch.get_rng_state()

@@ -32,7 +32,7 @@ def split_fused(spec: ModelSpec, module_name: str, tensor: Tensor) -> dict[str, 
     """Canonical name -> tensor, from a module parameter (or its gradient or moment). Unfused ones are not copied."""
     names = module_to_canonical(spec)[module_name]
     if len(names) == 1:
-        return {names[0]: tensor}
+        return {names[0]: tensor.view(spec.params[names[0]].shape)}
     parts = {}
     for name in names:
         parts[name] = tensor.new_empty(spec.params[name].shape)
@@ -44,7 +44,8 @@ def split_fused(spec: ModelSpec, module_name: str, tensor: Tensor) -> dict[str, 
 def fuse(spec: ModelSpec, module_name: str, tensors: dict[str, Tensor]) -> Tensor:
     """The inverse of `split_fused`: the module parameter that holds the canonical `tensors`."""
     if len(tensors) == 1:
-        return next(iter(tensors.values()))
+        tensor = next(iter(tensors.values()))
+        return tensor.view(1) if tensor.dim() == 0 else tensor  # modules hold scalars as [1], see ClipModel
     assert sorted(tensors) == sorted(module_to_canonical(spec)[module_name]), (module_name, list(tensors))
     first = next(iter(tensors.values()))
     rows = sum(tensor.shape[0] for tensor in tensors.values())
