@@ -1,0 +1,160 @@
+"""What every checkpoint format promises: tensors by canonical name, read and written as boxes.
+
+Names on this boundary are a prefix and a canonical name (that of the parameter table): `weight/visual.proj`,
+`master/...` (the fp32 copy an optimizer steps), `exp_avg/...`, `exp_avg_sq/...`, `step/...` (0-D), `align/...` (the
+projections), `rng/...`, `data/...`. A new format is one module that ends in a `Format`, and one entry in `formats.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from compt_megatron.spec.table import ModelSpec
+
+PREFIXES = ("weight", "master", "exp_avg", "exp_avg_sq", "step", "align", "rng", "data")
+
+# All-gathers one picklable object over the ranks that write together: the list is ordered by rank.
+Exchange = Callable[[Any], list[Any]]
+
+Region = tuple[slice, ...]  # one slice a dimension, start and stop explicit, step 1
+
+
+class TensorInfo(NamedTuple):
+    """The global shape and the stored dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Reader(Protocol):
+    """An open checkpoint. Opening one never writes; a damaged file raises UserError before any of it is returned."""
+
+    path: Path
+    spec: ModelSpec | None
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of the checkpoint by its name on the boundary."""
+        ...
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """A new CPU tensor with the values of a box (None: all of it), in the stored dtype."""
+        ...
+
+    def metadata(self) -> dict[str, Any]:
+        """The content of compt.json, or what the format itself knows."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Writer(Protocol):
+    """A checkpoint being written. It exists under its name only after `commit`."""
+
+    def declare(self, tensors: dict[str, TensorInfo]) -> None:
+        """Name what will be written, before writing it; may be called again. Checks the free disk space.
+
+        Where several ranks write together all of them must call it; what one rank declares counts for all.
+        """
+        ...
+
+    def write(self, name: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
+        """Write a box of a declared tensor, its first element at `offsets`. No element may be written twice."""
+        ...
+
+    def commit(self, metadata: dict[str, Any]) -> Path:
+        """Make the checkpoint appear, whole; all ranks call it. `metadata` are the entries of compt.json."""
+        ...
+
+    def abort(self) -> None:
+        """Remove what was written; the other ranks' next collective call raises. Harmless after a commit."""
+        ...
+
+
+class OpenReader(Protocol):
+    def __call__(self, path: Path, spec: ModelSpec | None, trust_pickle: bool) -> Reader: ...
+
+
+class OpenWriter(Protocol):
+    def __call__(
+        self, path: Path, spec: ModelSpec, rank: int, world: int, exchange: Exchange | None, overwrite: bool
+    ) -> Writer: ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """One checkpoint format. `recognises` decides by content; without `open_writer` it is read only; `prefixes` are
+    the kinds of tensors that it can hold."""
+
+    name: str
+    recognises: Callable[[Path], bool]
+    open_reader: OpenReader
+    open_writer: OpenWriter | None
+    prefixes: tuple[str, ...] = PREFIXES
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`weight/visual.proj` -> (`weight`, `visual.proj`)."""
+    prefix, _, rest = name.partition("/")
+    assert prefix in PREFIXES, f"{name!r} is no tensor name of a checkpoint: prefix/name expected"
+    return prefix, rest
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """The region that is all of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def checked_region(name: str, shape: tuple[int, ...], region: Region | None) -> Region:
+    """`region`, or all of the tensor if None; asserts that it lies inside `shape` with explicit bounds and step 1."""
+    if region is None:
+        return whole(shape)
+    assert len(region) == len(shape), f"{name}: region {region} of a tensor of shape {shape}"
+    for part, size in zip(region, shape, strict=True):
+        assert part.step in (None, 1), f"{name}: region {region} has steps"
+        assert 0 <= part.start <= part.stop <= size, f"{name}: region {region} outside shape {shape}"
+    return region
+
+
+def region_at(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Region:
+    """The region of a box given by its first element and its sizes."""
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+
+
+def region_shape(region: Region) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in region)
+
+
+def slabs(info: TensorInfo, limit: int) -> Iterator[Region]:
+    """Cut a tensor along its first dimension into regions of at most `limit` bytes each (at least one row)."""
+    if not info.shape:
+        yield ()
+        return
+    rows = max(1, limit * info.shape[0] // max(1, info.nbytes))
+    for start in range(0, info.shape[0], rows):
+        first = slice(start, min(start + rows, info.shape[0]))
+        yield (first, *(slice(0, size) for size in info.shape[1:]))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The inverse of `dtype_name`; raises ValueError for a name that torch does not know."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {name!r}")
+    return found

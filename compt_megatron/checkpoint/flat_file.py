@@ -1,0 +1,96 @@
+"""A safetensors file that is filled in place: tensors arrive in any order, as boxes, from several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compt_megatron.checkpoint.contract import TensorInfo
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+class FlatFile:
+    """The layout of one safetensors file, and this process's handle on it.
+
+    Wide dtypes come first, as safetensors itself orders them, so that every tensor is aligned to its element.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo]) -> None:
+        self.path, self.tensors = path, tensors
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        starts: dict[str, int] = {}
+        for key in sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize):
+            info = tensors[key]
+            starts[key], end = at, at + info.nbytes
+            header[key] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+        self._starts = {key: len(self._header) + start for key, start in starts.items()}
+        self._size = len(self._header) + at
+        self._descriptor = -1
+
+    def create(self) -> None:
+        """Make the file, whole in size; one rank does this before any rank opens it."""
+        with open(self.path, "xb") as file:
+            file.write(self._header)
+            file.truncate(self._size)
+
+    def open(self) -> None:
+        self._descriptor = os.open(self.path, os.O_RDWR)
+
+    def write(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
+        """Store a box of tensor `key`."""
+        info = self.tensors[key]
+        self._write_box(self._starts[key], info.shape, offsets, tensor.cpu().contiguous())
+
+    def _write_box(self, start: int, shape: tuple[int, ...], offsets: tuple[int, ...], box: torch.Tensor) -> None:
+        if not shape or tuple(box.shape[1:]) == shape[1:]:
+            at = offsets[0] * prod(shape[1:]) * box.dtype.itemsize if shape else 0
+            view = box.reshape(-1).view(torch.uint8).numpy().data
+            while view:
+                count = os.pwrite(self._descriptor, view, start + at)
+                view, at = view[count:], at + count
+            return
+        step = prod(shape[1:]) * box.dtype.itemsize
+        for index in range(box.shape[0]):
+            self._write_box(start + (offsets[0] + index) * step, shape[1:], offsets[1:], box[index])
+
+    def mapped(self) -> dict[str, torch.Tensor]:
+        """All tensors, their bytes mapped from the file and not in memory; each is a storage of its own."""
+        found: dict[str, torch.Tensor] = {}
+        for key, info in self.tensors.items():
+            # mode "c": torch wants a writable buffer; nothing written to it would reach the file
+            data = np.memmap(self.path, np.uint8, "c", self._starts[key], (info.nbytes,))
+            found[key] = torch.from_numpy(data).view(info.dtype).view(info.shape)
+        return found
+
+    def finish(self) -> None:
+        """Make durable what this process wrote."""
+        os.fsync(self._descriptor)
+        self.close()
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,80 @@
+"""The registry of checkpoint formats: which one a path holds, and how to open it for reading or writing."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from compt_megatron.checkpoint import megatron, open_clip
+from compt_megatron.checkpoint.commit import is_partial
+from compt_megatron.checkpoint.contract import Exchange, Format, Reader, Writer
+from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
+from compt_megatron.errors import UserError
+from compt_megatron.spec.table import ModelSpec
+
+# a new format is one module and one entry here
+FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (megatron, open_clip)}
+
+
+def detect(path: str | Path) -> str:
+    """The name of the format that `path` holds, by content.
+
+    Raises UserError if it does not exist, is unfinished, holds no checkpoint or holds two.
+    """
+    path = Path(path)
+    if is_partial(path):
+        raise UserError(f"{path}: an unfinished checkpoint that a killed job left; start that job again or delete it")
+    if not path.exists():
+        near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, n=1)
+        hint = f"did you mean '{path.parent / close[0]}'?" if close else "give the path of a checkpoint file or folder"
+        raise UserError(f"{path}: does not exist; {hint}")
+    found = [name for name, entry in FORMATS.items() if entry.recognises(path)]
+    if len(found) > 1:
+        raise UserError(f"{path}: holds two checkpoints ({' and '.join(found)}); move one of them to its own folder")
+    if found:
+        return found[0]
+    if path.is_dir() and (path / MANIFEST).is_file():
+        written_as = (read_manifest(path) or {}).get("format")
+        raise UserError(
+            f"{path}: files of its {written_as} checkpoint are missing; restore it or use another checkpoint"
+        )
+    if (path / "latest").is_file():
+        raise UserError(f"{path}: holds checkpoints, name one of them: {path / (path / 'latest').read_text().strip()}")
+    raise UserError(f"{path}: not a checkpoint of a known format ({', '.join(FORMATS)}); check the path")
+
+
+def open_reader(path: str | Path, spec: ModelSpec | None = None, trust_pickle: bool = False) -> Reader:
+    """Open a checkpoint of any format. `spec` is its model where it does not record one itself, and is checked if it
+    does. `trust_pickle` allows a foreign `.metadata` to name classes other than torch's own.
+
+    Raises UserError if there is no whole checkpoint, it is damaged, or it is one of another model.
+    """
+    path = Path(path)
+    return FORMATS[detect(path)].open_reader(path, spec, trust_pickle)
+
+
+def open_writer(
+    path: str | Path,
+    format: str,
+    spec: ModelSpec,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    exchange: Exchange | None = None,
+    overwrite: bool = False,
+) -> Writer:
+    """Begin a checkpoint of model `spec`; it appears at `path` when committed.
+
+    Ranks that write one checkpoint together pass their `rank` of `world` and an all-gather of objects, and make all
+    collective calls (this one, declare, commit) together. Raises UserError if the format is unknown or read only, or
+    the path is taken.
+    """
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(FORMATS)}"
+        raise UserError(f"checkpoint format '{format}' is not known; {hint}")
+    opener = FORMATS[format].open_writer
+    if opener is None:
+        raise UserError(f"checkpoint format '{format}' can only be read; choose another with --format")
+    return opener(Path(path), spec, rank, world, exchange, overwrite)

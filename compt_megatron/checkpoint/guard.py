@@ -1,0 +1,51 @@
+"""A damaged file is found before anything of it is used: every data file is checked once, when first opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compt_megatron.checkpoint.commit import file_hash
+from compt_megatron.errors import UserError
+
+
+class Guard:
+    """The files of one checkpoint and their checksums from compt.json (None: a foreign checkpoint, unchecked)."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any] | None) -> None:
+        self.folder = folder
+        self._sums: dict[str, str] | None = None if manifest is None else manifest["checksums"]
+        self._sizes: dict[str, int] = {} if manifest is None else manifest["files"]
+        self._checked: set[str] = set()
+
+    def file(self, name: str) -> Path:
+        """The path of a file, checked. Raises UserError if it is missing, truncated or changed."""
+        path = self.folder / name
+        if name in self._checked:
+            return path
+        if not path.is_file():
+            raise UserError(f"{path}: this file of the checkpoint is missing; restore it or use another checkpoint")
+        if self._sums is not None:
+            self._compare(path, name)
+        self._checked.add(name)
+        return path
+
+    def _compare(self, path: Path, name: str) -> None:
+        assert self._sums is not None
+        if name not in self._sums:
+            raise UserError(
+                f"{path}: is not among the files that compt.json lists; remove it or restore the checkpoint"
+            )
+        size = path.stat().st_size
+        if size != self._sizes[name]:
+            raise UserError(
+                f"{path}: truncated or changed: {size} bytes where {self._sizes[name]} were written; "
+                "restore it or use another checkpoint"
+            )
+        if file_hash(path) != self._sums[name]:
+            raise UserError(f"{path}: its bytes do not match their checksum; restore it or use another checkpoint")
+
+    def check_all(self) -> None:
+        """Check every file that compt.json lists."""
+        for name in sorted(self._sums or {}):
+            self.file(name)

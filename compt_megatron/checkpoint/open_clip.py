@@ -1,0 +1,303 @@
+"""open_clip's files: a state dict as `.pt` or safetensors, alone or in a folder with `open_clip_config.json`.
+
+They hold weights only. What we write is loaded by open_clip strictly; q, k and v are fused as open_clip fuses them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from compt_megatron.checkpoint.commit import HashedFile, file_hash
+from compt_megatron.checkpoint.contract import (
+    Exchange,
+    Format,
+    Region,
+    TensorInfo,
+    checked_region,
+    region_shape,
+    split_name,
+)
+from compt_megatron.checkpoint.flat_file import SAFETENSORS_DTYPES, FlatFile
+from compt_megatron.checkpoint.guard import Guard
+from compt_megatron.checkpoint.manifest import read_manifest, recorded_spec
+from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
+from compt_megatron.errors import UserError
+from compt_megatron.recipe.files import read_json
+from compt_megatron.spec.families import spec_from_config
+from compt_megatron.spec.open_clip_names import FilePlace, open_clip_place, open_clip_shapes
+from compt_megatron.spec.table import ModelSpec
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+_FOLDER_WEIGHTS = (WEIGHTS, "open_clip_pytorch_model.bin")
+_ZIP, _LEGACY_PICKLE = b"PK\x03\x04", b"\x80\x02"
+# entries of older files that are no parameters: open_clip drops them too
+_NO_PARAMETERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask")
+# the image normalisation that every open_clip model uses unless its config says otherwise
+_PREPROCESS = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+class _StateDict(Protocol):
+    def tensors(self) -> dict[str, TensorInfo]: ...
+    def read(self, key: str, region: Region) -> torch.Tensor: ...
+    def close(self) -> None: ...
+
+
+class _SafetensorsFile:
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged safetensors file ({error}); restore it or use another") from error
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        found = {}
+        for key in self._file.keys():  # noqa: SIM118 - it is no dict
+            part = self._file.get_slice(key)
+            found[key] = TensorInfo(tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()])
+        return found
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        if not region:
+            return self._file.get_tensor(key).clone()
+        return self._file.get_slice(key)[region].clone()
+
+    def close(self) -> None:
+        del self._file
+
+
+class _TorchFile:
+    """A state dict saved by torch, bare or as the `state_dict` of open_clip's trainer, mapped and not read whole."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{path}: holds more than tensors and is not loaded ({reason}); save its state dict alone"
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: damaged or no torch file ({reason}); restore it or use another") from error
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
+        if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+            raise UserError(f"{path}: holds no state dict; give a file of open_clip weights")
+        self._content = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self._content.items()}
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        return self._content[key][region].detach().clone(memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        self._content = {}
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 2**40
+
+
+def _is_torch_file(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return head == _ZIP or head[:2] == _LEGACY_PICKLE
+
+
+class OpenClipReader:
+    """An open_clip state dict, in a folder or alone. The model is recorded, or given as `spec`."""
+
+    def __init__(self, path: Path, spec: ModelSpec | None = None, trust_pickle: bool = False) -> None:
+        self.path = path
+        self._manifest = read_manifest(path)
+        file, self._config = path, None
+        if path.is_dir():
+            guard = Guard(path, self._manifest)
+            file = path / _weights_name(path)
+            if (path / CONFIG).is_file():
+                self._config = read_json(guard.file(CONFIG))
+        else:
+            guard = Guard(path.parent, _under_name(self._manifest, path.name))
+        found = self._find_spec(spec)
+        self.spec: ModelSpec | None = found
+        guard.file(file.name)
+        self._state: _StateDict = _SafetensorsFile(file) if _is_safetensors(file) else _TorchFile(file)
+        self._places = {f"weight/{name}": open_clip_place(found, name) for name in found.params}
+        stored = self._state.tensors()
+        wrapped = "module." if stored and all(key.startswith("module.") for key in stored) else ""
+        self._keys = {key.removeprefix(wrapped): key for key in stored}
+        self._stored = {key: stored[full] for key, full in self._keys.items()}
+        self._check_shapes(found)
+
+    def _find_spec(self, given: ModelSpec | None) -> ModelSpec:
+        found = recorded_spec(self._manifest, given, self.path)
+        if self._manifest is None and self._config is not None:
+            found = spec_from_config(self._config, self.path.name)
+            if given is not None and given.digest != found.digest:
+                raise UserError(f"{self.path}: checkpoint of another model than '{given.name}': see its {CONFIG}")
+        if found is None:
+            raise UserError(f"{self.path}: does not record which model it holds; name its model config with --from")
+        return found
+
+    def _check_shapes(self, spec: ModelSpec) -> None:
+        expected = open_clip_shapes(spec)
+        for key, shape in expected.items():
+            if key not in self._stored:
+                raise UserError(
+                    f"{self.path}: checkpoint of another model than '{spec.name}': it has no '{key}'; "
+                    "name the right model config with --from"
+                )
+            if (stored := self._stored[key].shape) != shape:
+                raise UserError(
+                    f"{self.path}: checkpoint of another model than '{spec.name}': '{key}' has shape {stored}, "
+                    f"the model needs {shape}; name the right model config with --from"
+                )
+        for key in self._stored:
+            if key not in expected and key not in _NO_PARAMETERS:
+                raise UserError(
+                    f"{self.path}: checkpoint of another model than '{spec.name}': it also has '{key}'; "
+                    "name the right model config with --from"
+                )
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        assert self.spec is not None
+        return {
+            name: TensorInfo(self.spec.params[split_name(name)[1]].shape, self._stored[place.key].dtype)
+            for name, place in self._places.items()
+        }
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        assert self.spec is not None
+        place = self._places[name]
+        box = checked_region(name, self.spec.params[split_name(name)[1]].shape, region)
+        if not all(region_shape(box)):
+            return torch.empty(region_shape(box), dtype=self._stored[place.key].dtype)
+        if box:
+            box = (slice(box[0].start + place.start, box[0].stop + place.start), *box[1:])
+        return self._state.read(self._keys[place.key], box)
+
+    def metadata(self) -> dict[str, Any]:
+        preprocess = (self._config or {}).get("preprocess_cfg")
+        return ({"preprocess_cfg": preprocess} if preprocess else {}) | (self._manifest or {})
+
+    def close(self) -> None:
+        self._state.close()
+
+
+def _weights_name(folder: Path) -> str:
+    for name in _FOLDER_WEIGHTS:
+        if (folder / name).is_file():
+            return name
+    raise UserError(f"{folder}: has no {' or '.join(_FOLDER_WEIGHTS)}; restore it or give the weights' own path")
+
+
+def _under_name(manifest: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """The record of a single file under the name that the file has now: it may have been renamed with its record."""
+    if manifest is None or len(manifest["files"]) != 1:
+        return manifest
+    (size,), (digest,) = manifest["files"].values(), manifest["checksums"].values()
+    return {**manifest, "files": {name: size}, "checksums": {name: digest}}
+
+
+class OpenClipWriter(BoxWriter):
+    """Writes a folder with weights and config, or one `.pt` or `.safetensors` file.
+
+    Weights go straight to their place in a safetensors file; a `.pt` is made from that file at the end.
+    """
+
+    format_name = "open_clip"
+
+    def __init__(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        rank: int = 0,
+        world: int = 1,
+        exchange: Exchange | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self._places: dict[str, FilePlace] = {name: open_clip_place(spec, name) for name in spec.params}
+        self._file: FlatFile | None = None
+        super().__init__(path, spec, rank, world, exchange, overwrite)
+        self.copies = 2 if path.suffix == ".pt" else 1
+
+    def _accept(self, tensors: dict[str, TensorInfo]) -> None:
+        for name in tensors:
+            prefix, rest = split_name(name)
+            if prefix != "weight" or rest not in self._places:
+                raise UserError(
+                    f"{self.destination.path}: open_clip files hold weights only, '{name}' has no place there"
+                )
+        if self._file is not None:
+            assert not tensors, "an open_clip file is declared at once"
+            return
+        missing = [name for name in self._places if f"weight/{name}" not in self.declared]
+        assert not missing, f"{missing[0]} and {len(missing) - 1} others are not declared"
+        stored = {}
+        for key, shape in open_clip_shapes(self.spec).items():
+            members = [f"weight/{name}" for name, place in self._places.items() if place.key == key]
+            stored[key] = TensorInfo(shape, one_dtype(key, members, self.declared))
+        name = self.destination.path.name if self.destination.path.suffix == ".safetensors" else WEIGHTS
+        self._file = FlatFile(self.folder / name, stored)
+        self.party.lead(self._file.create)
+        self._file.open()
+
+    def _put(self, name: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
+        assert self._file is not None
+        place = self._places[split_name(name)[1]]
+        if offsets:
+            offsets = (offsets[0] + place.start, *offsets[1:])
+        self._file.write(place.key, offsets, tensor)
+
+    def _finish_rank(self) -> tuple[list[FileRow], Any]:
+        assert self._file is not None, "commit without declare"
+        self._file.finish()
+        return [], None
+
+    def _finish_folder(self, parts: list[Any], metadata: dict[str, Any]) -> list[FileRow]:
+        assert self._file is not None
+        weights = self._file.path
+        if self.destination.path.suffix == ".pt":
+            file = HashedFile(self.folder / self.destination.path.name)
+            torch.save(self._file.mapped(), file)  # type: ignore[arg-type]
+            weights.unlink()
+            return [file.finish()]
+        files = [(weights.name, file_hash(weights), weights.stat().st_size)]
+        if not self.destination.single:
+            preprocess = metadata.get("preprocess_cfg") or _PREPROCESS
+            config = {"model_cfg": _model_config(self.spec), "preprocess_cfg": preprocess}
+            written = HashedFile(self.folder / CONFIG)
+            written.write((json.dumps(config, indent=2) + "\n").encode())
+            files.append(written.finish())
+        return files
+
+    def _release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _model_config(spec: ModelSpec) -> dict[str, Any]:
+    return spec.config.get("model_cfg", spec.config)
+
+
+def _recognises(path: Path) -> bool:
+    if path.is_dir():
+        return (path / CONFIG).is_file() or any((path / name).is_file() for name in _FOLDER_WEIGHTS)
+    return path.is_file() and (_is_safetensors(path) or _is_torch_file(path))
+
+
+FORMAT = Format("open_clip", _recognises, OpenClipReader, OpenClipWriter, prefixes=("weight",))
