@@ -31,6 +31,12 @@ def human(value: float | None, digits: int = 3) -> str:
     return f"{sign}{text} {_UNITS[power]}".rstrip()
 
 
+def scale_of(value: float) -> tuple[float, str]:
+    """(1e12, "T ") for numbers about that large: the factor and the unit letter of an axis."""
+    power = 0 if value < 1000 else min(len(_UNITS) - 1, int(math.log10(value) + 1e-9) // 3)
+    return 1000.0**power, f"{_UNITS[power]} " if power else ""
+
+
 def macs(value: float | None, digits: int = 3) -> str:
     """Multiply-accumulates: 4.2 T MACs."""
     text = human(value, digits)

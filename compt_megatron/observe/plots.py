@@ -1,0 +1,213 @@
+"""The pictures of the report: accuracy over compute, losses, learning rate and throughput."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from compt_megatron.observe.family import Family, Member
+from compt_megatron.observe.figure import Label, Palette, colour_index, drawing, end_labels, style
+from compt_megatron.observe.numbers import scale_of
+from compt_megatron.observe.verdict import METRIC_NAMES, curve_of
+
+Metrics = dict[str, dict[str, list[float]]]
+_MANY = 40  # logged points from which a curve is smoothed, with its raw values faint behind it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Where a plot goes: on a wide page panels lie side by side, on a phone one below the other."""
+
+    name: str
+    width: float  # inches
+    panel_height: float
+    side_by_side: bool
+    label_room: float  # inches at the right for direct labels
+
+
+WIDE = Shape("wide", 9.4, 4.2, True, 1.45)
+NARROW = Shape("narrow", 4.5, 3.3, False, 1.2)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot with its direct label."""
+
+    name: str
+    xs: list[float]
+    ys: list[float]
+    control: bool
+    label: str
+
+
+def draw_accuracy(family: Family, eval_sets: Sequence[str], palette: Palette, shape: Shape) -> Any | None:
+    """Leading metric over cumulative MACs for every link and control, one panel a set; None where no curve is known."""
+    panels = [(name, curves) for name in eval_sets if (curves := _accuracy_curves(family, name))]
+    if not panels:
+        return None
+    if len(panels) > 1:
+        shape = replace(shape, panel_height=0.8 * shape.panel_height)
+    with drawing() as figure_class:
+        figure, all_axes = _panels(figure_class, len(panels), shape)
+        for axes, (name, curves) in zip(all_axes, panels):
+            most = max(x for curve in curves for x in curve.xs)
+            factor, letter = scale_of(most)
+            _draw_curves(axes, family, curves, palette, factor, markers=True)
+            axes.set_xlabel(f"compute so far, predecessors included ({letter}MACs)")
+            axes.set_xlim(0, most / factor * 1.02)
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+            axes.set_title(f"{METRIC_NAMES[family.metric_of(name)]}, {name}")
+            style(axes, palette)
+            _label_curves(axes, family, curves, palette, factor)
+    return figure
+
+
+def draw_losses(family: Family, metrics: Metrics, palette: Palette, shape: Shape) -> Any | None:
+    """The task loss of every model over its steps and, in a second panel, the alignment parts; None without any."""
+    task, align = [], []
+    for member, columns in _logged(family, metrics):
+        steps, parts = columns.get("step", []), [name for name in columns if name.startswith("loss/")]
+        aligned = [name for name in parts if name.startswith("loss/align")]
+        others = [name for name in parts if name not in aligned]
+        task_name = others[0] if len(others) == 1 else "loss"
+        task.append(_logged_curve(member, steps, columns.get(task_name), member.name))
+        for name in aligned:
+            of = name.removeprefix("loss/align").strip("/_-. ")
+            align.append(_logged_curve(member, steps, columns.get(name), f"{member.name} {of}".strip()))
+    panels = [("task loss", _present(task)), ("alignment loss", _present(align))]
+    return _over_steps(family, [panel for panel in panels if panel[1]], palette, shape)
+
+
+def draw_rates(family: Family, metrics: Metrics, palette: Palette, shape: Shape) -> Any | None:
+    """Learning rate and samples per second of every model over its steps; None where neither was logged."""
+    panels = []
+    for column, title in (("lr", "learning rate"), ("samples_per_s", "samples per second")):
+        curves = [
+            _logged_curve(member, columns.get("step", []), columns.get(column), member.name)
+            for member, columns in _logged(family, metrics)
+        ]
+        panels.append((title, _present(curves)))
+    return _over_steps(family, [panel for panel in panels if panel[1]], palette, shape)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Centred running median: it keeps levels and edges and drops single outliers."""
+    half = window // 2
+    result = []
+    for index in range(len(values)):
+        near = sorted(values[max(0, index - half) : index + half + 1])
+        result.append(near[len(near) // 2])
+    return result
+
+
+def _accuracy_curves(family: Family, eval_set: str) -> list[Curve]:
+    curves = []
+    for member in family.members:
+        points = curve_of(member, eval_set)
+        score, spent = member.score(eval_set), member.macs_cumulative
+        if score is not None and spent is not None and (not points or points[-1][0] < spent * 0.999):
+            points = [*points, (spent, score)]  # evaluated only at the end, into the ledger
+        if points:
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            name = f"{member.link or member.name} alone" if member.control else member.name
+            curves.append(Curve(member.name, xs, ys, member.control, f"{name} {100 * ys[-1]:.1f} %"))
+    return curves
+
+
+def _logged(family: Family, metrics: Metrics) -> Iterable[tuple[Member, dict[str, list[float]]]]:
+    return ((member, metrics[member.name]) for member in family.members if member.name in metrics)
+
+
+def _logged_curve(member: Member, steps: list[float], values: list[float] | None, label: str) -> Curve | None:
+    points = [(x, y) for x, y in zip(steps, values or []) if math.isfinite(x) and math.isfinite(y)]
+    return Curve(member.name, [x for x, _ in points], [y for _, y in points], member.control, label) if points else None
+
+
+def _present(curves: Iterable[Curve | None]) -> list[Curve]:
+    return [curve for curve in curves if curve is not None]
+
+
+def _over_steps(
+    family: Family, panels: Sequence[tuple[str, list[Curve]]], palette: Palette, shape: Shape
+) -> Any | None:
+    if not panels:
+        return None
+    with drawing() as figure_class:
+        figure, all_axes = _panels(figure_class, len(panels), shape)
+        for axes, (title, curves) in zip(all_axes, panels):
+            most = max(curve.xs[-1] for curve in curves)
+            _draw_curves(axes, family, curves, palette, 1.0, markers=False)
+            axes.set_xlim(0, most * 1.02)
+            _limits(axes, curves)
+            axes.set_xlabel("step of this model")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.locator_params(axis="x", nbins=6)
+            if title == "learning rate":
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
+            axes.set_title(title)
+            style(axes, palette)
+            _label_curves(axes, family, curves, palette, 1.0)
+    return figure
+
+
+def _limits(axes: Any, curves: Sequence[Curve]) -> None:
+    """From zero, and not up to a spike of the first steps that would flatten all the rest."""
+    values = sorted(y for curve in curves for y in _shown(curve))
+    top = values[min(len(values) - 1, int(0.995 * len(values)))]
+    axes.set_ylim(0, 1.08 * top if top > 0 else 1.0)
+
+
+def _shown(curve: Curve) -> list[float]:
+    return smooth(curve.ys, max(3, len(curve.ys) // 40) | 1) if len(curve.ys) >= _MANY else curve.ys
+
+
+def _draw_curves(
+    axes: Any, family: Family, curves: Sequence[Curve], palette: Palette, factor: float, markers: bool
+) -> None:
+    for curve in curves:
+        colour = palette.series[colour_index(family, curve.name)]
+        xs = [x / factor for x in curve.xs]
+        if len(curve.ys) >= _MANY:
+            axes.plot(xs, curve.ys, color=colour, linewidth=0.7, alpha=0.28)
+        marker = {"marker": "o", "markersize": 4.2} if markers or len(xs) == 1 else {}
+        hollow = {"markerfacecolor": palette.paper} if marker and curve.control else {}
+        line = {"linestyle": (0, (4, 2.2)), "linewidth": 1.5} if curve.control else {}
+        axes.plot(xs, _shown(curve), color=colour, zorder=2 if curve.control else 3, **marker, **hollow, **line)
+
+
+def _label_curves(axes: Any, family: Family, curves: Sequence[Curve], palette: Palette, factor: float) -> None:
+    """Labels at the ends of the curves: beside the axes for those that reach the right edge, under the others."""
+    right = axes.get_xlim()[1]
+    beside = []
+    for curve in curves:
+        colour = palette.series[colour_index(family, curve.name)]
+        x, y = curve.xs[-1] / factor, _shown(curve)[-1]
+        if x >= 0.9 * right:
+            beside.append(Label(x, y, curve.label, colour))
+        else:
+            axes.annotate(
+                curve.label, (x, y), xytext=(3, -9), textcoords="offset points", va="top", ha="center", color=colour
+            )
+    end_labels(axes, beside)
+
+
+def _panels(figure_class: Any, count: int, shape: Shape) -> tuple[Any, list[Any]]:
+    """A figure with `count` panels, room for labels at the right of each."""
+    columns = min(count, 2) if shape.side_by_side else 1
+    lines = -(-count // columns)
+    height = shape.panel_height * lines
+    figure = figure_class(figsize=(shape.width, height))
+    left, bottom, top = 0.6, 0.55, 0.45
+    room = shape.label_room if columns == 1 else shape.label_room * 0.85
+    width = (shape.width - columns * (left + room)) / columns
+    panel = (height - lines * (bottom + top)) / lines
+    axes = []
+    for index in range(count):
+        line, column = divmod(index, columns)
+        x = column * (left + width + room) + left
+        y = height - (line + 1) * (top + panel + bottom) + bottom
+        axes.append(figure.add_axes((x / shape.width, y / height, width / shape.width, panel / height)))
+    return figure, axes
