@@ -9,6 +9,10 @@ import torch.distributed as dist
 
 from compt_megatron.share import ranks
 
+# torch 2.13 renamed both and warns at the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The rows of all ranks, in rank order: x [n, ...] -> [world * n, ...]. Every rank must have the same n.
@@ -27,7 +31,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
         ctx.group = group
         gathered = x.new_empty((ranks(group)[1] * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        _all_gather(gathered, x.contiguous(), group=group)
         return gathered
 
     @staticmethod
@@ -41,7 +45,7 @@ def reduce_scatter_rows(x: torch.Tensor, group: dist.ProcessGroup | None = None)
     rows = x.shape[0] // world
     mine = x.new_empty((rows, *x.shape[1:]))
     try:
-        dist.reduce_scatter_tensor(mine, x.contiguous(), group=group)
+        _reduce_scatter(mine, x.contiguous(), group=group)
     except (RuntimeError, NotImplementedError) as error:
         # A backend without reduce-scatter (gloo in some builds) refuses on all ranks before anything is sent.
         if "support" not in str(error) and "implement" not in str(error):

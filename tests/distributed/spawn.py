@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import tempfile
 import time
 import traceback
@@ -17,7 +19,7 @@ from typing import Any
 
 # Children are forked from one server that has imported torch and run nothing: cheap to start, and safe to fork.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "pytest"])
 
 
 def run_ranks(
@@ -39,7 +41,7 @@ def run_ranks(
     try:
         for rank in range(world):
             ours, theirs = _context.Pipe(duplex=False)
-            child_args = (theirs, str(folder), rank, world, timeout, env or {}, call)
+            child_args = (theirs, str(folder), rank, world, env or {}, call)
             child = _context.Process(target=_child, args=child_args, name=f"rank{rank}")
             child.start()
             theirs.close()
@@ -59,29 +61,43 @@ def run_ranks(
 def _collect(pipes: list[Connection], children: list[Any], folder: Path, timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
     results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        pending = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+    failures: dict[int, str] = {}
+    while len(results) + len(failures) < len(pipes):
+        pending: dict[Any, int] = {
+            pipe: rank for rank, pipe in enumerate(pipes) if rank not in results and rank not in failures
+        }
         ready = wait(list(pending), timeout=max(deadline - time.monotonic(), 0))
+        if not ready and failures:
+            break  # the others wait for the one that failed
         if not ready:
-            stacks = "\n".join(f"rank {rank}:\n{_stack(folder, rank)}" for rank in pending.values())
+            stacks = "\n".join(f"rank {rank}:\n{_stack(children[rank], folder, rank)}" for rank in pending.values())
             raise AssertionError(f"ranks {sorted(pending.values())} not done after {timeout} s\n{stacks}")
         for pipe in ready:
-            assert isinstance(pipe, Connection)
             rank = pending[pipe]
             try:
                 good, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 children[rank].join(10)
-                raise AssertionError(f"rank {rank} died with exit code {children[rank].exitcode}") from None
-            if not good:
-                raise AssertionError(f"rank {rank} of {len(pipes)} failed:\n{value}")
-            results[rank] = value
+                good, value = False, f"died with exit code {children[rank].exitcode}"
+            (results if good else failures)[rank] = value
+        if failures:  # its peers fail next, of a broken connection: hear them, so that the cause is in the message
+            deadline = min(deadline, time.monotonic() + 1)
+    if failures:
+        raise AssertionError("\n".join(f"rank {rank} of {len(pipes)}: {why}" for rank, why in failures.items()))
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _stack(folder: Path, rank: int) -> str:
+def _stack(child: Any, folder: Path, rank: int) -> str:
+    """Ask a running child for the stacks of its threads."""
     path = folder / f"stack{rank}"
-    return path.read_text() if path.exists() else "(no stack)"
+    if not path.exists():
+        return "(not started)"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child.pid, signal.SIGUSR1)
+    until = time.monotonic() + 2
+    while not path.read_text().endswith("\n") and time.monotonic() < until:
+        time.sleep(0.05)
+    return path.read_text()
 
 
 def _child(
@@ -89,7 +105,6 @@ def _child(
     folder: str,
     rank: int,
     world: int,
-    timeout: float,
     env: dict[str, str],
     call: bytes,
 ) -> None:
@@ -101,7 +116,7 @@ def _child(
 
     torch.set_num_threads(1)
     with open(Path(folder) / f"stack{rank}", "w") as stack:
-        faulthandler.dump_traceback_later(max(timeout - 2, 0.5), file=stack)
+        faulthandler.register(signal.SIGUSR1, file=stack)
         try:
             function, args = pickle.loads(call)
             dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -110,4 +125,4 @@ def _child(
         except BaseException:
             message = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(message)
-        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR1)
