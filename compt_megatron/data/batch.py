@@ -40,7 +40,7 @@ class Batch:
     def split(self, parts: int) -> list[Batch]:
         """`parts` micro-batches of equal size, in row order (views, no copies)."""
         rows, rest = divmod(len(self), parts)
-        assert parts >= 1 and rest == 0 and rows > 0, f"{len(self)} rows do not split into {parts} equal parts"
+        assert rest == 0 < rows, f"{len(self)} rows do not split into {parts} equal parts"
         pieces = []
         for part in range(parts):
             take = slice(part * rows, (part + 1) * rows)

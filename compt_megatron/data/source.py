@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compt_megatron.data.tar_reader import file_bytes, is_local, try_count
+from compt_megatron.data.tar_reader import is_local, try_count
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import read_json
 
@@ -46,7 +46,7 @@ class ShardSource:
     @property
     def bytes(self) -> int | None:
         """Bytes of all shards as stored, or None if some are not local files."""
-        return sum(file_bytes(shard) for shard in self.shards) if all(map(is_local, self.shards)) else None
+        return sum(map(os.path.getsize, self.shards)) if all(map(os.path.isfile, self.shards)) else None
 
     @classmethod
     def open(
@@ -206,7 +206,7 @@ def _count_missing(name: str, shards: list[str], sizes: list[int | None], cache_
         if shard not in cached or cached[shard][1:] != stamp:
             size, reason = try_count(shard)
             if size is None:
-                raise UserError(f"data {name!r}: shard {shard} is damaged or cut off ({reason}); copy it again")
+                raise UserError(f"data {name!r}: shard {shard} is damaged or cut off ({reason}); copy it again or remove it")
             cached[shard] = [size, *stamp]
         sizes[index] = cached[shard][0]
     if path is not None:

@@ -39,7 +39,7 @@ class StreamPlan:
     def __init__(self, sizes: Sequence[int], streams: int, seed: int, window: int) -> None:
         self.sizes, self.streams, self.seed, self.window = np.asarray(sizes, dtype=np.int64), streams, seed, window
         self.per_pass = int(self.sizes.sum()) // streams  # samples a stream emits in one pass
-        assert streams >= 1 and window >= 1 and self.per_pass >= 1
+        assert min(streams, window, self.per_pass) >= 1
 
     def segments(self, stream: int, number: int) -> list[tuple[int, int, int]]:
         """What a stream reads in pass `number`, in order: (shard, first sample, end) each."""

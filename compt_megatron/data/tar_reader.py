@@ -10,13 +10,12 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from lzma import LZMAError
-from pathlib import Path
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-_READ = {*IMAGE_SUFFIXES, "txt", "json", "cls"}
+_FACTS = {"txt", "json", "cls"}
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # the same as webdataset.tariterators.base_plus_ext
 _META = re.compile(r"^__[^/]*__($|/)")
 _DAMAGE = (OSError, EOFError, zlib.error, LZMAError, tarfile.TarError)
@@ -32,16 +31,17 @@ class RawSample:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive; here it is an error."""
+    """tarfile takes a damaged header, and a file without an end marker, for the end of the archive; here both are
+    errors: else a shard cut off between two members would lose the rest of its samples unnoticed."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictTarInfo:
         try:
             return super().fromtarfile(archive)
         except tarfile.HeaderError as error:
-            if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
-                raise tarfile.ReadError(f"damaged header ({error})") from error
-            raise
+            if type(error).__name__ == "EOFHeaderError":
+                raise
+            raise tarfile.ReadError(f"no valid header or end of the archive here: {error}") from error
 
 
 def is_local(url: str) -> bool:
@@ -62,10 +62,8 @@ def _open(url: str) -> Iterator[tarfile.TarFile]:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
             yield archive
     finally:
-        try:
+        with suppress(OSError):  # a command that we stopped reading from may exit as it likes
             stream.close()
-        except OSError:  # a command that we stopped reading from may exit as it likes
-            pass
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
@@ -75,11 +73,13 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarIn
             yield match.group(1), match.group(2).lower(), info
 
 
-def read_samples(url: str, start: int = 0) -> Iterator[RawSample]:
+def read_samples(url: str, start: int = 0, images: bool = True) -> Iterator[RawSample]:
     """The samples of a shard from index `start` on, in file order.
 
-    Never raises for a damaged shard: the last sample then carries the reason in `damage`, and the shard ends there.
+    Without `images` the images' bytes are left alone. Never raises for a damaged shard: the last sample then carries
+    the reason in `damage`, and the shard ends there.
     """
+    wanted = {*IMAGE_SUFFIXES, *_FACTS} if images else _FACTS
     current: RawSample | None = None
     index = -1
     try:
@@ -89,7 +89,7 @@ def read_samples(url: str, start: int = 0) -> Iterator[RawSample]:
                     if current is not None and index >= start:
                         yield current
                     current, index = RawSample(key), index + 1
-                if index < start or suffix not in _READ:
+                if index < start or suffix not in wanted:
                     continue
                 if suffix in current.members:
                     current.damage = f"two members named {info.name}"
@@ -126,8 +126,3 @@ def try_count(url: str) -> tuple[int | None, str]:
         return count_samples(url), ""
     except _DAMAGE as error:
         return None, f"{type(error).__name__}: {error}"
-
-
-def file_bytes(url: str) -> int:
-    """Size of a local shard in bytes."""
-    return Path(url).stat().st_size
