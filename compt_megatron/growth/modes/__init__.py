@@ -1,0 +1,1 @@
+"""Axis modes, one a file; `growth/axes.py` is their registry."""

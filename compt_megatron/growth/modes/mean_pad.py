@@ -1,0 +1,59 @@
+"""Mode `mean_pad`: grow the residual axis of a LayerNorm model by any ratio."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import sqrt
+
+from compt_megatron.errors import UserError
+from compt_megatron.growth.plan import Contrast
+from compt_megatron.growth.segments import FREE, Segment, Site, leading
+
+
+class MeanPad:
+    """The residual stream x (width n) becomes x' = c [x; mean(x), ..., mean(x)] (width m), c = sqrt(m / n).
+
+    x' - mean(x') = c [x - mean(x); 0], and its mean square over m entries is c² n/m = 1 times that of x - mean(x) over
+    n: LayerNorm's statistics come out the same with the same eps.
+
+    - writers (weights, biases, embeddings): old rows times c; new rows c times the mean of the old rows;
+    - readers: old columns kept; new columns free, because the norm before them gives 0 there;
+    - norms: gamma' = [gamma / c, 1], beta' = [beta, 0].
+
+    A norm before the first block (`ln_pre`) must put c [y; mean(y)] *into* the stream. Its output mean is
+    mean(gamma x̂) + mean(beta) = wᵀ x̂ + mean(beta) with w = (gamma - mean(gamma)) / n, as x̂ has mean zero. So the new
+    rows of the writers before it are c (mean row + s_j kappa wᵀ rows), with signs s that sum to zero, and then
+    gamma' = [gamma, 1 / (s kappa)], beta' = c [beta, mean(beta)].
+
+    Exact for pre-LN models at any ratio; after an `ln_pre` up to a relative O(kappa²) change of that norm's variance
+    (kappa 0.05: 1e-6, the noise of fp32). Source: LEMON (arXiv 2310.07999) pads with averages; the factor c that lets
+    eps stay, and the `ln_pre` rule, are this project's (docs/growth.md).
+    """
+
+    name = "mean_pad"
+    axes = frozenset({"embed"})
+    exact = True
+    kappa = 0.05
+
+    def segments(self, site: Site) -> list[Segment]:
+        if site.new == site.old:
+            return leading(site, None)
+        c = sqrt(site.new / site.old)
+        before_norm = site.pre_gamma is not None and site.param.stage == "pre"
+        mean = Segment(0, 0, "mean", scale=c)
+        if before_norm and site.new - site.old < 2:
+            raise UserError(
+                f"{site.param.name}: width {site.old} -> {site.new} grows by one entry, and a tower with ln_pre needs "
+                "at least two; choose a target that is wider by two or more"
+            )
+        if site.role == "write":
+            contrast = Contrast(site.pre_gamma, self.kappa) if before_norm and site.pre_gamma else None
+            return leading(site, replace(mean, contrast=contrast), c)
+        if site.role == "norm_scale":
+            if before_norm:
+                return leading(site, Segment(0, 0, "value", value=1 / self.kappa, paired=True))
+            return leading(site, Segment(0, 0, "value", value=1.0), 1 / c)
+        if site.role == "norm_bias":
+            return leading(site, mean, c) if before_norm else leading(site, Segment(0, 0, "value", value=0.0))
+        assert site.role == "read", site
+        return leading(site, FREE)

@@ -1,0 +1,205 @@
+"""What a growth plan is: for every target tensor, boxes that cover it, and what each box is made of.
+
+Pure data: a plan can be printed, compared and written as JSON without weights and without torch. Because each piece
+says how *one element* is made from global source coordinates, any slice of a target tensor can be made alone
+(`execute.py`), whatever the layouts of the two checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, ClassVar, Literal
+
+from compt_megatron.spec.table import ModelSpec
+
+Box = tuple[tuple[int, int], ...]  # per dimension: first index, and one past the last
+Exactness = Literal["exact", "approximate", "new"]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Element i of the box = scale * source[start + (i - box start)]."""
+
+    kind: ClassVar[str] = "copy"
+    source: str
+    start: tuple[int, ...]
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        place = f" from {list(self.start)}" if any(self.start) else ""
+        return f"copy {self.source}{place}{_times(self.scale)}"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Adds s_j * kappa * sum_i w_i source_i to row j of a mean, w = (gamma - mean(gamma)) / n, s = `pair_signs`."""
+
+    gamma: str
+    kappa: float
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Row j along `dim` of the box = scale * mean of all `size` source rows along `dim` (and a contrast, if given).
+
+    `start`: the source index of the box's first element in the other dimensions; 0 in `dim`.
+    """
+
+    kind: ClassVar[str] = "reduce"
+    source: str
+    dim: int
+    size: int
+    start: tuple[int, ...]
+    scale: float = 1.0
+    contrast: Contrast | None = None
+
+    def __str__(self) -> str:
+        more = f" ± {self.contrast.kappa} * contrast by {self.contrast.gamma}" if self.contrast else ""
+        return f"mean of {self.source} over dimension {self.dim}{more}{_times(self.scale)}"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element is `value`; with `paired`, row j of the box is value / pair_signs(rows)[j]."""
+
+    kind: ClassVar[str] = "constant"
+    value: float
+    paired: bool = False
+
+    def __str__(self) -> str:
+        return f"{'±' if self.paired else ''}{self.value:g}"
+
+
+@dataclass(frozen=True)
+class Random:
+    """scale * the target parameter's own fresh value (`spec.random.initial`)."""
+
+    kind: ClassVar[str] = "random"
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"fresh{_times(self.scale)}"
+
+
+Piece = Copy | Reduce | Constant | Random
+
+
+def _times(scale: float) -> str:
+    return "" if scale == 1.0 else f" * {scale:.6g}"
+
+
+def pair_signs(rows: int) -> list[int]:
+    """Signs of `rows` >= 2 new rows that sum to zero: +1, -1, ..., an odd number of rows ending in +1, +1, -2."""
+    assert rows >= 2, rows
+    signs = [1, -1] * (rows // 2)
+    return signs if rows % 2 == 0 else [*signs[:-2], 1, 1, -2]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One box of a target tensor and what it is made of."""
+
+    box: Box
+    piece: Piece
+
+    @property
+    def numel(self) -> int:
+        return prod(stop - start for start, stop in self.box)
+
+    def __str__(self) -> str:
+        return f"[{', '.join(f'{start}:{stop}' for start, stop in self.box)}] {self.piece}"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one target tensor is made. `parts` do not overlap and cover it."""
+
+    name: str
+    shape: tuple[int, ...]
+    exactness: Exactness
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        assert sum(part.numel for part in self.parts) == prod(self.shape), f"{self.name}: boxes do not cover it"
+
+    def sources(self) -> Iterator[str]:
+        """Names of the source tensors that it reads."""
+        for part in self.parts:
+            if isinstance(part.piece, Copy | Reduce):
+                yield part.piece.source
+            if isinstance(part.piece, Reduce) and part.piece.contrast:
+                yield part.piece.contrast.gamma
+
+    def __str__(self) -> str:
+        made = "; ".join(map(str, self.parts)) if len(self.parts) > 1 else str(self.parts[0].piece)
+        return f"{self.name} {list(self.shape)} {self.exactness}: {made}"
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """How every tensor of `target` is made from tensors of `source`.
+
+    `axes`: the mode used per axis, those that differ by tower as "tower.axis"; `depth`: the depth mode.
+    """
+
+    source: ModelSpec
+    target: ModelSpec
+    operator: str
+    axes: dict[str, str]
+    depth: str
+    seed: int
+    allow_approximate: bool
+    tensors: dict[str, TensorPlan]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the target computes the source's function."""
+        return all(tensor.exactness == "exact" for tensor in self.tensors.values())
+
+    def elements(self) -> dict[str, int]:
+        """Number of target elements by what they are made of."""
+        count: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            for part in tensor.parts:
+                count[part.piece.kind] += part.numel
+        return dict(count)
+
+    def describe(self) -> str:
+        """The whole plan as text: a few summary lines, then one line a target tensor."""
+        total = self.target.numel
+        shares = ", ".join(f"{kind} {100 * n / total:.1f} %" for kind, n in sorted(self.elements().items()))
+        axes = ", ".join(f"{axis}={mode}" for axis, mode in sorted(self.axes.items()))
+        head = [
+            f"{self.source.name} ({self.source.numel:,} parameters) -> {self.target.name} ({total:,} parameters)",
+            f"operator {self.operator} ({axes}), depth {self.depth}, seed {self.seed}",
+            f"{'exact: computes the same function' if self.exact else 'not exact'}; target elements: {shares}",
+        ]
+        return "\n".join([*head, *(f"  {tensor}" for tensor in self.tensors.values())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-able data."""
+        tensors = {
+            name: {
+                "shape": list(tensor.shape),
+                "exactness": tensor.exactness,
+                "parts": [
+                    {"box": [list(side) for side in part.box], "kind": part.piece.kind, **asdict(part.piece)}
+                    for part in tensor.parts
+                ],
+            }
+            for name, tensor in self.tensors.items()
+        }
+        return {
+            "source": {"name": self.source.name, "digest": self.source.digest, "parameters": self.source.numel},
+            "target": {"name": self.target.name, "digest": self.target.digest, "parameters": self.target.numel},
+            "operator": self.operator,
+            "axes": self.axes,
+            "depth": self.depth,
+            "seed": self.seed,
+            "exact": self.exact,
+            "elements": self.elements(),
+            "tensors": tensors,
+        }

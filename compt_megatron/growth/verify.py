@@ -1,0 +1,164 @@
+"""Proves a grown checkpoint: makes every target slice again from source and certificate and compares bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compt_megatron.checkpoint.contract import Reader, Region, TensorInfo, dtype_name, dtype_of, slabs
+from compt_megatron.checkpoint.digest import weight_hash
+from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.errors import UserError
+from compt_megatron.growth.certificate import Certificate
+from compt_megatron.growth.execute import SLAB_BYTES, Maker, check_source, target_infos
+from compt_megatron.spec.table import ModelSpec
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that is not what the certificate says."""
+
+    name: str
+    elements: int  # how many differ
+    first: tuple[int, ...]  # index of the first one
+    largest: float  # the largest absolute difference
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.note:
+            return f"{self.name}: {self.note}"
+        return (
+            f"{self.name}: {self.elements} elements differ by up to {self.largest:.3g}, the first at {list(self.first)}"
+        )
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found; `ok` if every tensor has the bytes that the certificate promises."""
+
+    path: str
+    against: str
+    certificate: Certificate
+    tensors: int = 0  # compared
+    elements: int = 0
+    mismatches: list[Mismatch] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.mismatches or self.missing or self.extra)
+
+    @property
+    def worst(self) -> Mismatch | None:
+        """The mismatch with the most wrong elements."""
+        return max(self.mismatches, key=lambda found: found.elements, default=None)
+
+    def describe(self) -> str:
+        """One line if all is well, else one line for each defect."""
+        if self.ok:
+            return f"{self.path}: {self.tensors} tensors, {self.elements:,} elements, all as grown from {self.against}"
+        lines = [str(found) for found in sorted(self.mismatches, key=lambda found: -found.elements)]
+        lines += [f"{name}: missing" for name in self.missing]
+        lines += [f"{name}: not a tensor of {self.certificate.target['name']}" for name in self.extra]
+        return "\n".join(f"{self.path}: {line}" for line in lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(
+    path: str | Path, against: str | Path | None = None, spec: ModelSpec | None = None, *, trust_pickle: bool = False
+) -> VerifyReport:
+    """Compare grown checkpoint `path` with what growing `against` (None: the recorded source) gives, byte for byte.
+
+    Memory: a few slabs of 32 MB, whatever the model's size. `spec`: the grown model, where the file does not record it.
+    Raises UserError if `path` was not grown, was trained since, or `against` is not its source.
+    """
+    grown = open_reader(path, spec, trust_pickle)
+    try:
+        certificate = _certificate(grown)
+        origin = Path(against or certificate.source["path"])
+        if against is None and not origin.exists():
+            raise UserError(f"{path}: its source {origin} is not there; say where it is with --against")
+        source = open_reader(origin, certificate.source_spec(), trust_pickle)
+        try:
+            return compare(grown, source, certificate)
+        finally:
+            source.close()
+    finally:
+        grown.close()
+
+
+def compare(grown: Reader, source: Reader, certificate: Certificate) -> VerifyReport:
+    """`verify` on open checkpoints. Raises UserError if `source` does not hold the weights that were grown."""
+    if grown.spec is None:
+        raise UserError(f"{grown.path}: does not record its model config; name it with --from MODEL_CONFIG")
+    if weight_hash(source) != certificate.source["hash"]:
+        raise UserError(
+            f"{source.path}: not the weights that {grown.path} was grown from (their hash differs from the "
+            "certificate's); give that checkpoint with --against"
+        )
+    plan = certificate.replan(grown.spec)
+    check_source(plan, source.tensors())
+    infos = target_infos(plan, source.tensors(), dtype_of(certificate.dtype) if certificate.dtype else None)
+    stored = {
+        name.removeprefix("weight/"): info for name, info in grown.tensors().items() if name.startswith("weight/")
+    }
+    report = VerifyReport(str(grown.path), str(source.path), certificate)
+    report.missing = sorted(set(infos) - set(stored))
+    report.extra = sorted(set(stored) - set(infos))
+    maker = Maker(plan, lambda name, region: source.read(f"weight/{name}", region))
+    for name in (name for name in infos if name in stored):
+        report.tensors += 1
+        report.elements += plan.target.params[name].numel
+        found = _compare_tensor(name, grown, stored[name], maker, infos[name])
+        if found is not None:
+            report.mismatches.append(found)
+    return report
+
+
+def _certificate(grown: Reader) -> Certificate:
+    metadata = grown.metadata()
+    content = metadata.get("certificate")
+    if not content:
+        raise UserError(f"{grown.path}: has no growth certificate; only checkpoints that growth wrote can be verified")
+    if (metadata.get("train") or {}).get("step"):
+        step = metadata["train"]["step"]
+        raise UserError(
+            f"{grown.path}: was trained for {step} steps since it was grown; verify the grown checkpoint itself"
+        )
+    return Certificate.from_dict(content)
+
+
+def _compare_tensor(name: str, grown: Reader, stored: TensorInfo, maker: Maker, info: TensorInfo) -> Mismatch | None:
+    if stored != info:
+        have, made = (f"{dtype_name(each.dtype)} {list(each.shape)}" for each in (stored, info))
+        note = f"is {have}, growth made {made}"
+        return Mismatch(name, max(1, info.nbytes // info.dtype.itemsize), (), float("inf"), note)
+    count, first, largest = 0, None, 0.0
+    for region in slabs(info, SLAB_BYTES):
+        is_there = grown.read(f"weight/{name}", region)
+        should_be = maker.make(name, region, info.dtype)
+        wrong = _bits(is_there) != _bits(should_be)
+        if not bool(wrong.any()):
+            continue
+        first = first if first is not None else _first_index(wrong, region)
+        count += int(wrong.sum())
+        largest = max(largest, float((is_there.double() - should_be.double()).abs().nan_to_num(float("inf")).max()))
+    return None if first is None else Mismatch(name, count, first, largest)
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """The values as integers: NaN equals itself, and -0 is not 0."""
+    return values.contiguous().view(_INTEGERS[values.dtype.itemsize])
+
+
+def _first_index(wrong: torch.Tensor, region: Region) -> tuple[int, ...]:
+    index = wrong.nonzero()[0].tolist()
+    return tuple(side.start + place for side, place in zip(region, index, strict=True))
