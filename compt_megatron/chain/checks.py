@@ -1,0 +1,147 @@
+"""What a recipe alone cannot know: whether models, layouts and data fit together. Checked before a start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compt_megatron.chain.member import Member, control_members, link_members
+from compt_megatron.data.tar_reader import is_local
+from compt_megatron.errors import UserError
+from compt_megatron.growth.operators import plan as growth_plan
+from compt_megatron.recipe.schema import Recipe
+from compt_megatron.spec.table import ModelSpec
+
+
+def check_recipe(recipe: Recipe, world: int = 1, *, data: bool = True) -> None:
+    """Raise UserError, naming the recipe's field, for the first thing that could not work on `world` ranks.
+
+    `data`: whether the training and evaluation sources must be on this machine.
+    """
+    links = link_members(recipe, None)
+    controls = control_members(recipe, links)
+    for group, members in (("links", links), ("controls", controls)):
+        for index, member in enumerate(members):
+            where = f"{recipe.name}: {group}.{index} ({member.name})"
+            _check_objective(member, where)
+            check_layout(member, world, where)
+            if group == "links" and index:
+                _check_connection(member, links[index - 1].spec, where)
+            if data:
+                check_sources(member, where)
+
+
+def check_layout(member: Member, world: int, where: str) -> None:
+    """Raise UserError if the member's layout does not fit its model, its batch or `world` ranks."""
+    layout, batch = member.settings.parallel, member.settings.data.batch_size
+    for tower in member.spec.towers.values():
+        if tower.heads % layout.tensor:
+            raise UserError(
+                f"{where}: parallel.tensor is {layout.tensor}, which does not divide the {tower.heads} heads of the "
+                f"{tower.name} tower; choose a divisor"
+            )
+        if tower.layers % layout.pipeline:
+            raise UserError(
+                f"{where}: parallel.pipeline is {layout.pipeline}, which does not divide the {tower.layers} layers of "
+                f"the {tower.name} tower; choose a divisor"
+            )
+    for axis in ("tensor", "pipeline"):
+        if getattr(layout, axis) > 1:
+            raise UserError(
+                f"{where}: parallel.{axis} must be 1 with the deepspeed engine of this version; use zero: 3"
+            )
+    if layout.zero == 0 and member.settings.precision == "bf16":
+        raise UserError(f"{where}: parallel.zero 0 does not train bf16 correctly in DeepSpeed; use zero: 1")
+    if layout.zero == 0 and layout.offload != "none":
+        raise UserError(f"{where}: parallel.offload needs a sharded optimizer; use zero: 1 or more")
+    ranks = world // (layout.tensor * layout.pipeline)
+    if batch % (ranks * layout.micro_batches):
+        raise UserError(
+            f"{where}: data.batch_size {batch} is not divisible by {ranks} ranks x {layout.micro_batches} "
+            "micro-batches (parallel.micro_batches); change one of them"
+        )
+    streams = member.settings.data.streams
+    if streams is not None and (batch % streams or streams % ranks):
+        raise UserError(
+            f"{where}: data.streams is {streams}; it must divide data.batch_size {batch} and be a multiple of the "
+            f"{ranks} ranks"
+        )
+
+
+def _check_objective(member: Member, where: str) -> None:
+    name = member.settings.objective.name
+    two_towers = "text" in member.spec.towers
+    if name == "classify" and two_towers:
+        raise UserError(f"{where}: objective 'classify' needs a model without text_cfg; use objective 'clip'")
+    if name != "classify" and not two_towers:
+        raise UserError(f"{where}: objective {name!r} needs a text tower; add text_cfg to the model or use 'classify'")
+    if name == "siglip" and "logit_bias" not in member.spec.params:
+        raise UserError(f"{where}: objective 'siglip' needs \"init_logit_bias\" in the model config; add it (-10)")
+
+
+def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
+    """Whether the previous link can be grown into this one and teach it."""
+    if member.grow is not None:
+        grow = member.grow
+        try:
+            growth_plan(
+                previous,
+                member.spec,
+                grow.operator,
+                depth=grow.depth,
+                axes=dict(grow.axes) or None,
+                seed=member.settings.seed,
+                allow_approximate=grow.allow_approximate,
+            )
+        except UserError as error:
+            raise UserError(f"{where}: cannot grow from {previous.name}: {error}") from error
+    if member.align is None:
+        return
+    for tower in member.align.towers:
+        name = "vision" if tower == "image" else "text"
+        if name in member.spec.towers and name not in previous.towers:
+            raise UserError(f"{where}: align.towers names {tower!r}, which the previous link has not; remove it")
+    for field, student, teacher in (
+        (
+            "vision_cfg.image_size",
+            _field(member.spec, "vision", "image_size"),
+            _field(previous, "vision", "image_size"),
+        ),
+        ("text_cfg.context_length", _tokens(member.spec), _tokens(previous)),
+        ("text_cfg.vocab_size", _field(member.spec, "text", "vocab_size"), _field(previous, "text", "vocab_size")),
+    ):
+        if student is not None and teacher is not None and student != teacher:
+            raise UserError(f"{where}: {field} is {student}, the previous link's is {teacher}: it could not teach it; "
+                            "make them equal or remove 'align'")  # fmt: skip
+
+
+def _field(spec: ModelSpec, tower: str, field: str) -> Any:
+    return (spec.config.get(f"{tower}_cfg") or {}).get(field, {"image_size": 224, "vocab_size": 49408}[field])
+
+
+def _tokens(spec: ModelSpec) -> int | None:
+    return spec.towers["text"].tokens if "text" in spec.towers else None
+
+
+def check_sources(member: Member, where: str) -> None:
+    """Raise UserError if a local shard that the member names does not exist. Nothing is opened or counted."""
+    data = member.settings.data
+    train = [data.train] if isinstance(data.train, str) else data.train
+    for field, sources in (("data.train", train), ("data.eval", data.eval)):
+        for source in sources:
+            _check_source(source, f"{where}: {field}")
+
+
+def _check_source(source: str, where: str) -> None:
+    if source.startswith("emoji/"):
+        from compt_megatron.data.emoji.builtin import emoji_shards
+
+        emoji_shards(source.removeprefix("emoji/"))
+    elif is_local(source):
+        try:
+            from webdataset.shardlists import expand_urls
+        except ImportError:
+            raise UserError(f"{where}: {source}: shards need webdataset; pip install 'compt-megatron[train]'") from None
+        missing = [url for url in expand_urls(source) if is_local(url) and not Path(url).expanduser().exists()]
+        if missing:
+            raise UserError(f"{where}: {missing[0]} does not exist (here or beside the recipe); correct the path")

@@ -1,0 +1,33 @@
+"""Multiply-accumulates (MACs) of a forward pass, from the parameter table alone."""
+
+from __future__ import annotations
+
+from compt_megatron.spec.table import ModelSpec, Param, Tower
+
+
+def forward_macs(spec: ModelSpec, tower: str) -> int:
+    """MACs of one forward pass of `tower` ("vision" or "text") for one image or one caption.
+
+    Counted are the patch convolution, every matrix of the blocks, attention scores and weighted values (in full, also
+    under a causal mask, as PyTorch counts them) and the projection of the pooled token; not counted are biases, norms,
+    activations, embedding look-ups and the loss. One MAC is two FLOPs.
+    """
+    shape = spec.towers[tower]
+    matrices = sum(_uses(param, shape) * param.numel for param in spec.params.values() if param.tower == tower)
+    attention = shape.layers * 2 * shape.tokens**2 * shape.heads * shape.head_dim
+    return matrices + attention
+
+
+def sample_macs(spec: ModelSpec, captions: int = 1) -> int:
+    """Forward MACs of one training sample: its image, and each of its captions where the model has a text tower."""
+    return forward_macs(spec, "vision") + (captions * forward_macs(spec, "text") if "text" in spec.towers else 0)
+
+
+def _uses(param: Param, tower: Tower) -> int:
+    """How many vectors a forward pass of one sample multiplies by this parameter."""
+    axes = {dim.axis for dim in param.dims}
+    if len(param.dims) < 2 or axes & {"tokens", "vocab"}:  # biases and norms; embeddings, which are looked up
+        return 0
+    if "patch" in axes:
+        return tower.tokens - 1  # every token but the class token is a patch
+    return tower.tokens if param.stage == "layer" else 1  # only the pooled token is projected
