@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ _SLAB = 64 * 2**20  # bytes of a tensor in memory at a time
 _CAST = ("weight",)  # what --dtype applies to: optimizer state keeps its own precision
 
 
-def inspect(path: str | Path, spec: ModelSpec | None = None) -> dict[str, Any]:
+def inspect(path: str | Path, spec: ModelSpec | None = None, trust_pickle: bool = False) -> dict[str, Any]:
     """What a checkpoint holds, from its description alone (no data file is read).
 
     Keys: path, format, model {name, family, digest, parameters}, layout, tensors {name: {dtype, shape, bytes}},
@@ -29,7 +30,7 @@ def inspect(path: str | Path, spec: ModelSpec | None = None) -> dict[str, Any]:
     exact, approximate and new tensors counted), train, notes. Raises UserError if it cannot be opened.
     """
     path = Path(path)
-    reader = open_reader(path, spec)
+    reader = open_reader(path, spec, trust_pickle)
     try:
         tensors, known, model = reader.tensors(), reader.metadata(), reader.spec
     finally:
@@ -131,11 +132,15 @@ def convert(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     trust_pickle: bool = False,
+    config: dict[str, Any] | None = None,
+    attachments: dict[str, Path] | None = None,
 ) -> list[str]:
     """Write checkpoint `src` as `dst` in another format (or another `dtype` of its weights), tensor by tensor.
 
     Returns one line for each thing that was left out because the format cannot hold it (also kept in the notes of the
-    result). Memory: a slab of 64 MiB, or one row, of a tensor. Raises UserError; then nothing is left behind.
+    result). `config` replaces the model config that is written, where the same model's tokenizer is found elsewhere;
+    `attachments` are files {name: source} that an open_clip folder gets beside its own, the tokenizer's vocabulary.
+    Memory: a slab of 64 MiB, or one row, of a tensor. Raises UserError; then nothing is left behind.
     """
     if Path(src).resolve() == Path(dst).resolve():
         raise UserError(f"{dst}: is the source itself; choose another destination")
@@ -146,7 +151,11 @@ def convert(
         kept = {name: _as_dtype(name, info, dtype) for name, info in kept.items()}
         known = reader.metadata()
         metadata = {**known, "notes": [*(known.get("notes") or []), *left_out]}
-        writer = open_writer(dst, format, reader.spec, overwrite=overwrite)
+        target = reader.spec if config is None else replace(reader.spec, config=config)
+        assert target.digest == reader.spec.digest, "another config of the same model"
+        if attachments:
+            metadata["attachments"] = {name: str(path) for name, path in attachments.items()}
+        writer = open_writer(dst, format, target, overwrite=overwrite)
         try:
             writer.declare(kept)
             for name, info in kept.items():

@@ -9,8 +9,11 @@ accepts it, and the next run replaces it. A destination that is a single file (`
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +40,29 @@ def is_partial(path: Path) -> bool:
     return path.name.endswith(_PARTIAL)
 
 
+@contextmanager
+def no_room(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, quota or broken medium while writing `path` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or write elsewhere") from error
+
+
 class HashedFile:
     """A new file that hashes (xxh3, 64 bits) what is appended to it; a binary stream for torch.save and pickle."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "xb")  # noqa: SIM115 - finish() or close() closes it
         self._hash = xxhash.xxh3_64()
-        self.name, self.size = path.name, 0
+        self._path, self.name, self.size = path, path.name, 0
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
-        count = self._file.write(data)
+        with no_room(self._path):
+            count = self._file.write(data)
         self.size += count
         return count
 
@@ -59,9 +74,10 @@ class HashedFile:
 
     def finish(self) -> tuple[str, str, int]:
         """Make it durable; returns its name, hash and size in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with no_room(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         return self.name, self._hash.hexdigest(), self.size
 
     def close(self) -> None:
@@ -90,8 +106,8 @@ class Destination:
         self.party = Party(rank, world, exchange)
         self.single = self.path.suffix in SINGLE_FILES
         self.folder = partial_path(self.path)
-        self.finished = False
         self._overwrite = overwrite
+        self._new_parents: list[Path] = []  # folders that were made for it, inmost first
         self.party.lead(self._prepare)
 
     def _prepare(self) -> None:
@@ -113,6 +129,7 @@ class Destination:
             )
         try:
             _remove(self.folder)
+            self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
             self.folder.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written there ({error.strerror}); choose another place") from error
@@ -147,9 +164,14 @@ class Destination:
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:
-        """Rank 0: remove the unfinished checkpoint."""
-        if self.party.leads:
-            _remove(self.folder)
+        """Rank 0: remove the unfinished checkpoint, and the folders that were made for it."""
+        if not self.party.leads:
+            return
+        _remove(self.folder)
+        for parent in self._new_parents:
+            if not _is_empty_folder(parent):
+                break
+            parent.rmdir()
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -36,8 +36,11 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
+_UNUSED = ("megatron.core.", "torch.distributed.checkpoint.")
+
+
 class _Inert:
-    """Stands for an object of megatron-core that we do not use."""
+    """Stands for an object that we do not use, such as the plan of the save; none of its code runs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -56,7 +59,7 @@ class _Unpickler(pickle.Unpickler):
             return _CLASSES[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        if module.startswith("megatron.core."):
+        if module.startswith(_UNUSED):
             return _Inert
         if self._trust:
             return super().find_class(module, name)
@@ -64,7 +67,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_dcp_metadata(path: Path, trust_pickle: bool) -> metadata.Metadata:
-    """Unpickle a `.metadata` file; only torch.distributed.checkpoint's own classes are made unless `trust_pickle`.
+    """Unpickle a `.metadata` file; only plain data classes are made unless `trust_pickle`.
 
     Raises UserError if it is damaged or asks for anything else.
     """

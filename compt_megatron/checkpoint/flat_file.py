@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from compt_megatron.checkpoint.commit import no_room
 from compt_megatron.checkpoint.contract import TensorInfo
 
 SAFETENSORS_DTYPES = {
@@ -52,7 +53,7 @@ class FlatFile:
 
     def create(self) -> None:
         """Make the file, whole in size; one rank does this before any rank opens it."""
-        with open(self.path, "xb") as file:
+        with no_room(self.path), open(self.path, "xb") as file:
             file.write(self._header)
             file.truncate(self._size)
 
@@ -69,7 +70,8 @@ class FlatFile:
             at = offsets[0] * prod(shape[1:]) * box.dtype.itemsize if shape else 0
             view = box.reshape(-1).view(torch.uint8).numpy().data
             while view:
-                count = os.pwrite(self._descriptor, view, start + at)
+                with no_room(self.path):
+                    count = os.pwrite(self._descriptor, view, start + at)
                 view, at = view[count:], at + count
             return
         step = prod(shape[1:]) * box.dtype.itemsize
@@ -87,7 +89,8 @@ class FlatFile:
 
     def finish(self) -> None:
         """Make durable what this process wrote."""
-        os.fsync(self._descriptor)
+        with no_room(self.path):
+            os.fsync(self._descriptor)
         self.close()
 
     def close(self) -> None:

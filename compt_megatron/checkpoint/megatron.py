@@ -7,7 +7,7 @@ of one in a tensor with a leading layer axis, q, k and v fused and interleaved p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,14 @@ class MegatronKeys:
         layers = self.spec.towers[first.tower].layers
         rows = sum(self.spec.params[name].shape[0] for name in names if self.places[name].layer == 0)
         return (layers, rows, *first.shape[1:])
+
+    def extra_states(self, declared: Container[str]) -> Iterator[str]:
+        """The keys of the `_extra_state` objects that megatron-core has for the linears of the declared weights."""
+        for key, names in self.members.items():
+            owner, _, leaf = key.rpartition(".")
+            if leaf == "weight" and ".linear_" in owner and f"weight/{names[0]}" in declared:
+                layers = self.spec.towers[self.spec.params[names[0]].tower].layers
+                yield from (f"{owner}._extra_state/shard_{layer}_{layers}" for layer in range(layers))
 
     def runs(self, name: str, start: int, stop: int) -> Iterator[Run]:
         """Where rows [start, stop) of a q, k or v parameter lie in the fused tensor of its layer."""
@@ -284,6 +292,10 @@ class MegatronWriter(BoxWriter):
     def _finish_rank(self) -> tuple[list[FileRow], Any]:
         while self._pending:
             self._flush(*next(iter(self._pending)))
+        if self.party.leads:
+            # megatron-core wants this object for every linear when it loads; what it saves there is a list of None
+            for key in self._keys.extra_states(self.declared):
+                self._file.write_object(key, [None])
         return self._file.finish(), (self._file.chunks, self._file.blobs)
 
     def _stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

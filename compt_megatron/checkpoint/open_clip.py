@@ -56,7 +56,7 @@ class _StateDict(Protocol):
 class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="pt")
+            self._path, self._file = path, safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged safetensors file ({error}); restore it or use another") from error
 
@@ -64,6 +64,10 @@ class _SafetensorsFile:
         found = {}
         for key in self._file.keys():  # noqa: SIM118 - it is no dict
             part = self._file.get_slice(key)
+            if part.get_dtype() not in SAFETENSORS_DTYPES:
+                raise UserError(
+                    f"{self._path}: '{key}' has dtype {part.get_dtype()}, which is not supported; convert it first"
+                )
             found[key] = TensorInfo(tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()])
         return found
 
@@ -279,19 +283,19 @@ class OpenClipWriter(BoxWriter):
         files = [(weights.name, file_hash(weights), weights.stat().st_size)]
         if not self.destination.single:
             preprocess = metadata.get("preprocess_cfg") or _PREPROCESS
-            config = {"model_cfg": _model_config(self.spec), "preprocess_cfg": preprocess}
+            config = {"model_cfg": self.spec.config, "preprocess_cfg": preprocess}
             written = HashedFile(self.folder / CONFIG)
             written.write((json.dumps(config, indent=2) + "\n").encode())
             files.append(written.finish())
+            for name, source in metadata.pop("attachments", {}).items():
+                attached = HashedFile(self.folder / name)
+                attached.write(Path(source).read_bytes())
+                files.append(attached.finish())
         return files
 
     def _release(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _model_config(spec: ModelSpec) -> dict[str, Any]:
-    return spec.config.get("model_cfg", spec.config)
 
 
 def _recognises(path: Path) -> bool:
