@@ -206,7 +206,7 @@ def _count_missing(name: str, shards: list[str], sizes: list[int | None], cache_
         if shard not in cached or cached[shard][1:] != stamp:
             size, reason = try_count(shard)
             if size is None:
-                raise UserError(f"data {name!r}: shard {shard} is damaged or cut off ({reason}); copy it again or remove it")
+                raise UserError(f"data {name!r}: shard {shard} is damaged or cut off ({reason}); replace it")
             cached[shard] = [size, *stamp]
         sizes[index] = cached[shard][0]
     if path is not None:

@@ -69,6 +69,6 @@ def _hits(queries: torch.Tensor, answers: torch.Tensor, right: torch.Tensor, ran
         correct = correct.to(scores.device)
         best = scores.masked_fill(~correct | scores.isnan(), -torch.inf).amax(1, keepdim=True)
         ahead = (~correct & ~(scores < best)).sum(1)
-        ahead[best[:, 0].isinf()] = len(answers)
+        ahead[best[:, 0].isinf()] = max(TOP)  # every right answer scores NaN
         counts[1:] += torch.stack([(ahead < k).sum() for k in TOP])
     return counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,29 +43,24 @@ def evaluate(
         if eval_set.class_names is not None and bool((eval_set.labels >= 0).any()):
             classes = class_embeddings(encode_text, eval_set, tokenizer, templates, batch, rank, world, reduce)
             found |= score(features, classes, eval_set.labels, reduce)
-        texts, pairs = caption_pairs(eval_set.captions, captions)
-        if len(pairs):
+        if captions and any(eval_set.captions):
+            images, present = _gathered(features, eval_set.rows, reduce)
+            texts, pairs = caption_pairs([eval_set.captions[row] for row in present], captions)
             text_rows = text_features(encode_text, tokenizer, texts, batch, rank, world, reduce)
-            image_rows, present = _gathered(features, eval_set.rows, text_rows, reduce)
-            pairs = pairs[present[pairs[:, 0]]]
-            found |= retrieval(image_rows, text_rows, pairs, rank=rank, world=world, reduce=reduce)
+            found |= retrieval(images, text_rows, pairs, rank=rank, world=world, reduce=reduce)
         results[eval_set.name] = found
     return results
 
 
 def classification(encode_image: Encode, eval_set: EvalSet, batch: int, reduce: Reduce = alone) -> dict[str, Any]:
     """Top-1 and top-5 of a plain ViT, whose features are class logits."""
-    counts: dict[str, Any] = {}
-    logits = ((rows, images) for rows, images in _logits(encode_image, eval_set, batch))
-    first = next(logits, None)
-    parts = [] if first is None else [first, *logits]
+    parts = list(_logits(encode_image, eval_set, batch))
     # Scoring logits is scoring features against the unit vectors of the classes.
     classes = torch.eye(parts[0][1].shape[1], device=parts[0][1].device)
-    counts |= score(parts, classes, eval_set.labels, reduce)
-    return counts
+    return score(parts, classes, eval_set.labels, reduce)
 
 
-def _logits(encode_image: Encode, eval_set: EvalSet, batch: int) -> Any:
+def _logits(encode_image: Encode, eval_set: EvalSet, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     with torch.no_grad():
         for part in eval_set.batches(batch):
             logits = encode_image(part.images).float()
@@ -74,12 +69,14 @@ def _logits(encode_image: Encode, eval_set: EvalSet, batch: int) -> Any:
 
 
 def _gathered(
-    features: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: int, like: torch.Tensor, reduce: Reduce
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features [rows, joint] of all ranks, which rows have any [rows] bool on the CPU)."""
+    features: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: int, reduce: Reduce
+) -> tuple[torch.Tensor, list[int]]:
+    """(features [n, joint] of all ranks' good images, their n row numbers)."""
+    like = features[0][1]
     whole = like.new_zeros(rows, like.shape[1] + 1)
     for own, images in features:
-        whole[own.to(whole.device), :-1] = images.to(whole.device)
+        whole[own.to(whole.device), :-1] = images
         whole[own.to(whole.device), -1] = 1
     whole = reduce(whole)
-    return whole[:, :-1], (whole[:, -1] > 0).cpu()
+    present = whole[:, -1] > 0
+    return whole[present, :-1], present.nonzero()[:, 0].tolist()

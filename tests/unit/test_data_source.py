@@ -21,7 +21,12 @@ from compt_megatron.errors import UserError
 
 
 def batches(source: ShardSource, count: int, **changes: object) -> list[Batch]:
-    options: dict[str, object] = dict(tokenizer=WordTokenizer(), transform=plain_transform, batch_size=4, streams=2)
+    options: dict[str, object] = {
+        "tokenizer": WordTokenizer(),
+        "transform": plain_transform,
+        "batch_size": 4,
+        "streams": 2,
+    }
     loader = TrainLoader(source, **{**options, **changes})  # type: ignore[arg-type]
     try:
         return list(islice(iter(loader), count))
@@ -90,7 +95,7 @@ def test_sources_that_do_not_exist_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"00002.tar does not exist \(one of 3 in the pattern\)"):
         ShardSource.open(str(tmp_path / "{00000..00002}.tar"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no .tar"):
+    with pytest.raises(UserError, match=r"holds no .tar"):
         ShardSource.open(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="emoji has no split 'training'"):
         ShardSource.open("emoji/training")
@@ -149,7 +154,7 @@ def test_broken_samples_within_the_budget_give_way_to_good_ones(tmp_path: Path, 
 def test_the_substitute_is_the_same_wherever_a_run_resumes(tmp_path: Path, position: int) -> None:
     write_set(tmp_path, [8], lambda n: BROKEN["image"] if n in (2, 5, 6) else sample(n))
     source = ShardSource.open(str(tmp_path))
-    options = dict(batch_size=1, streams=1, shuffle_window=8, skip_budget=0.5, cache=False)
+    options = {"batch_size": 1, "streams": 1, "shuffle_window": 8, "skip_budget": 0.5, "cache": False}
     whole = batches(source, 16, **options)
     assert set(numbers(whole)) == {0, 1, 3, 4, 7}
     assert [b.sample_ids for b in batches(source, 8, start_step=position, **options)] == [

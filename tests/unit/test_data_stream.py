@@ -21,7 +21,14 @@ from compt_megatron.data.stream import StreamPlan, default_streams
 from compt_megatron.errors import UserError
 
 SIZES = [7, 13, 5, 11, 9, 3]  # 48 samples: shards end inside windows, and streams inside shards
-COMMON = dict(tokenizer=WordTokenizer(), transform=plain_transform, batch_size=8, captions=2, seed=3, streams=4)
+COMMON = {
+    "tokenizer": WordTokenizer(),
+    "transform": plain_transform,
+    "batch_size": 8,
+    "captions": 2,
+    "seed": 3,
+    "streams": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +151,7 @@ def test_layouts_that_cannot_work_are_refused(source: ShardSource) -> None:
         steps(source, 1, world=3)
     with pytest.raises(UserError, match=r"3 data-parallel ranks; set data.streams: 24"):
         steps(source, 1, world=3, batch_size=24, streams=8)
-    with pytest.raises(UserError, match="batch_size 8 is not a multiple of data.streams 3"):
+    with pytest.raises(UserError, match=r"batch_size 8 is not a multiple of data.streams 3"):
         steps(source, 1, streams=3)
     with pytest.raises(UserError, match="48 samples, fewer than one batch of 64"):
         steps(source, 1, batch_size=64)
