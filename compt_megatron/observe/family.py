@@ -86,6 +86,14 @@ class Family:
                 seen |= {name: None for name, values in metrics.items() if leading_metric(values)}
         return list(seen)
 
+    @property
+    def speed_up(self) -> float | None:
+        """Modelled, of the family: MACs of training every link alone for the base's samples, over MACs here."""
+        if not self.links or any(link.alone_ratio is None or link.macs_total is None for link in self.links):
+            return None
+        alone = sum((link.alone_ratio or 0.0) * (link.macs_total or 0.0) for link in self.links)
+        return alone / sum(link.macs_total or 0.0 for link in self.links)
+
     def controls_of(self, link: Member) -> list[Member]:
         """The controls to compare `link` with."""
         return [control for control in self.controls if control.link == link.name]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from compt_megatron.errors import UserError
@@ -22,6 +24,9 @@ DARK = {"ink": "#e8eaee", "muted": "#a0a8b4", "grid": "#313742", "paper": "#1518
 # An SVG is drawn in stand-in colours that are then replaced by the page's CSS variables.
 _STAND_INS = {name: f"#0100{index:02x}" for index, name in enumerate(LIGHT)}
 _STAND_IN_SERIES = tuple(f"#0200{index:02x}" for index in range(len(LIGHT_SERIES)))
+
+_TEXT_POINTS = 9.5  # size of all text in a plot
+_TEXT_ASPECT = 0.6  # mean width of a character over the size, in a wide font
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def drawing() -> Iterator[Any]:
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 9.5,
+        "font.size": _TEXT_POINTS,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,
@@ -96,20 +101,19 @@ def style(axes: Any, palette: Palette) -> None:
     axes.tick_params(colors=palette.muted, labelcolor=palette.muted)
     axes.spines["bottom"].set_color(palette.muted)
     axes.grid(True, axis="y", color=palette.grid)
-    axes.title.set_color(palette.ink)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(palette.muted)
+    axes.xaxis.label.set_color(palette.muted)
 
 
-def end_labels(axes: Any, labels: Sequence[Label], points: float = 12.0) -> None:
-    """Labels right of the axes at the height of their curves' ends, moved apart to `points` typographic points.
+def end_labels(axes: Any, labels: Sequence[Label]) -> None:
+    """Labels right of the axes at the height of their curves' ends, moved apart until they do not touch.
 
     Call it when the limits of the axes are final; the figure leaves room at the right.
     """
-    height = axes.get_window_extent().height * 72 / axes.figure.dpi
-    low, high = axes.transData.transform([(0, edge) for edge in axes.get_ylim()])[:, 1] * 72 / axes.figure.dpi
-    wanted = [axes.transData.transform((0, label.y))[1] * 72 / axes.figure.dpi for label in labels]
-    for label, place, own in zip(labels, apart(wanted, points, low, max(high, low + height)), wanted):
+    scale = 72 / axes.figure.dpi  # pixels to points
+    low, high = axes.transData.transform([(0, edge) for edge in axes.get_ylim()])[:, 1] * scale
+    wanted = [axes.transData.transform((0, label.y))[1] * scale for label in labels]
+    lines = max((label.text.count("\n") + 1 for label in labels), default=1)
+    for label, place, own in zip(labels, apart(wanted, 1.25 * _TEXT_POINTS * lines, low, high), wanted):
         axes.annotate(
             label.text,
             (label.x, label.y),
@@ -121,6 +125,57 @@ def end_labels(axes: Any, labels: Sequence[Label], points: float = 12.0) -> None
             color=label.color,
             annotation_clip=False,
         )
+
+
+def free_labels(axes: Any, labels: Sequence[Label], drawn: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """Labels of curves that end inside the axes, each where it covers least of the lines `drawn` and other labels."""
+    scale = 72 / axes.figure.dpi
+    points = [point for line in drawn for point in _dense(axes.transData.transform(line) * scale)]
+    area = axes.get_window_extent()
+    left, right, low, high = (edge * scale for edge in (area.x0, area.x1, area.y0, area.y1 + _TEXT_POINTS / scale))
+    taken: list[tuple[float, float, float, float]] = []
+    for label in labels:
+        x, y = axes.transData.transform((label.x, label.y)) * scale
+        lines = label.text.split("\n")
+        width, height = _TEXT_ASPECT * _TEXT_POINTS * max(map(len, lines)), 1.25 * _TEXT_POINTS * len(lines)
+        best: tuple[float, tuple[float, float]] | None = None
+        for number, (dx, dy) in enumerate(_offsets(width, height)):
+            box = (x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2)
+            cost = sum(box[0] <= px <= box[2] and box[1] <= py <= box[3] for px, py in points)
+            cost += 100 * sum(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+            cost += 100 * (box[0] < left or box[2] > right or box[1] < low or box[3] > high)
+            if best is None or cost + number / 1000 < best[0]:
+                best = (cost + number / 1000, (dx, dy))
+        assert best is not None
+        dx, dy = best[1]
+        taken.append((x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2))
+        axes.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            va="center",
+            ha="left",
+            color=label.color,
+        )
+
+
+def _dense(line: Any, spacing: float = 3.0) -> Iterator[tuple[float, float]]:
+    """Points on the line through the points `line`, at most `spacing` apart."""
+    for (x0, y0), (x1, y1) in pairwise([*line, line[-1]]):
+        count = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / spacing))
+        for part in range(count):
+            yield x0 + (x1 - x0) * part / count, y0 + (y1 - y0) * part / count
+
+
+def _offsets(width: float, height: float) -> Iterator[tuple[float, float]]:
+    """Places of a label's left middle around the end of its curve, best first, in points."""
+    for rise in (0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 3.0):
+        gap = 7 if rise == 0 else 3
+        yield gap, rise * height
+        if rise:
+            yield -width / 2, rise * height
+            yield -width - gap, rise * height
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 from compt_megatron.observe import numbers
@@ -12,6 +13,8 @@ from compt_megatron.observe.family import Family, Member, parity_of
 from compt_megatron.observe.figure import colour_index
 
 _SMALLEST, _LARGEST = 6.0, 21.0  # node radius in CSS pixels
+
+_ARROW = '<i aria-hidden="true">↓</i>'
 
 
 def draw_lineage(family: Family) -> str:
@@ -52,7 +55,7 @@ def _node(family: Family, member: Member) -> str:
     picture = f'<svg class="node" viewBox="-24 -24 48 48" aria-hidden="true">{circle}</svg>'
     facts = [f"{numbers.human(member.parameters)} parameters"] if member.parameters else []
     if member.model != member.name:
-        facts.insert(0, escape(member.model))
+        facts.insert(0, escape(PurePath(member.model).stem))
     if member.control:
         facts.append(f"trained alone, from scratch, beside {escape(member.link)}" if member.link else "trained alone")
     elif member.parent is None:
@@ -73,6 +76,8 @@ def _node(family: Family, member: Member) -> str:
 def _growth(link: Member) -> str:
     """The edge above a node: operator, exactness, measured parity, alignment before the first step."""
     certificate = link.certificate or {}
+    if not certificate and link.state == "pending":
+        return f'<li class="growth">{_ARROW}<div><span>not grown yet</span></div></li>'
     words = [f"grown by <b>{escape(str(certificate['operator']))}</b>" if certificate.get("operator") else "grown"]
     if certificate.get("depth"):
         words.append(f"depth {escape(str(certificate['depth']))}")
@@ -82,4 +87,4 @@ def _growth(link: Member) -> str:
     words.append("parity not measured" if parity is None else f"measured parity {numbers.scientific(parity)}")
     if link.align_at_step0 is not None:
         words.append(f"alignment before the first step {numbers.scientific(link.align_at_step0)}")
-    return f'<li class="growth"><i aria-hidden="true">↓</i><div><span>{" · ".join(words)}</span></div></li>'
+    return f'<li class="growth">{_ARROW}<div><span>{" · ".join(words)}</span></div></li>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -61,14 +62,21 @@ def _header(family: Family, verdict: Verdict) -> str:
         ("links trained", f"{len(done)} of {len(family.links)}"),
         ("largest model", numbers.human(last.parameters) if last else numbers.UNKNOWN),
         ("chain's compute", numbers.macs(last.macs_cumulative) if last else numbers.UNKNOWN),
+        ("family speed-up, modelled", f"{ratio:.2f}x" if (ratio := family.speed_up) else numbers.UNKNOWN),
         ("chain's time", numbers.duration(sum(spent)) if spent else numbers.UNKNOWN),
     ]
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    details = f'<p class="details">{escape(" ".join(verdict.details))}</p>' if verdict.details else ""
+    details = f'<p class="details">{_unbroken(" ".join(verdict.details))}</p>' if verdict.details else ""
     return (
-        f'<header><h1>{escape(family.name)}</h1><p class="headline">{escape(verdict.headline)}</p>{details}'
+        f'<header><h1>{escape(family.name)}</h1><p class="headline">{_unbroken(verdict.headline)}</p>{details}'
         f'<dl class="facts">{items}</dl></header>'
     )
+
+
+def _unbroken(text: str) -> str:
+    """Escaped, with numbers kept on one line with their units."""
+    text = re.sub(r"(?<=\d) (?=%|points|times|[kMGTPE]? ?MACs)|(?<=[kMGTPE]) (?=MACs)", "\u00a0", text)
+    return escape(re.sub(r"(top|Speed)-(?=1|5|up)", "\\1\u2011", text))
 
 
 def _figure(picture: Picture) -> str:
@@ -96,7 +104,7 @@ def _table(family: Family) -> str:
         rows.append(f'<tr class="{kind}"><td>{swatch}{escape(row.cells[0])}</td>{cells}</tr>')
     if not rows:
         return ""
-    heads = "".join(f"<th>{escape(heading)}</th>" for heading in table.headings(family))
+    heads = "".join(f"<th>{_unbroken(heading)}</th>" for heading in table.headings(family))
     notes = "; ".join(f"{heading}: {meaning}" for _, heading, meaning in table.COLUMNS)
     return (
         f'<section><h2>Table</h2><div class="scroll"><table><thead><tr>{heads}</tr></thead>'

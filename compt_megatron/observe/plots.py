@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compt_megatron.observe.family import Family, Member
-from compt_megatron.observe.figure import Label, Palette, colour_index, drawing, end_labels, style
+from compt_megatron.observe.figure import Label, Palette, colour_index, drawing, end_labels, free_labels, style
 from compt_megatron.observe.numbers import scale_of
 from compt_megatron.observe.verdict import METRIC_NAMES, curve_of
 
 Metrics = dict[str, dict[str, list[float]]]
 _MANY = 40  # logged points from which a curve is smoothed, with its raw values faint behind it
+_MOST = 500  # points of a curve in the page
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Shape:
 
 
 WIDE = Shape("wide", 9.4, 4.2, True, 1.45)
-NARROW = Shape("narrow", 4.5, 3.3, False, 1.2)
+NARROW = Shape("narrow", 4.0, 3.2, False, 1.0)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Curve:
     ys: list[float]
     control: bool
     label: str
+    value: str = ""  # stands after the label, on a narrow plot under it
+    smoothed: bool = True
 
 
 def draw_accuracy(family: Family, eval_sets: Sequence[str], palette: Palette, shape: Shape) -> Any | None:
@@ -59,9 +62,9 @@ def draw_accuracy(family: Family, eval_sets: Sequence[str], palette: Palette, sh
             axes.set_xlim(0, most / factor * 1.02)
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-            axes.set_title(f"{METRIC_NAMES[family.metric_of(name)]}, {name}")
+            axes.set_title(f"{METRIC_NAMES[family.metric_of(name)]}, {name}", color=palette.ink)
             style(axes, palette)
-            _label_curves(axes, family, curves, palette, factor)
+            _label_curves(axes, family, curves, palette, factor, shape)
     return figure
 
 
@@ -89,18 +92,29 @@ def draw_rates(family: Family, metrics: Metrics, palette: Palette, shape: Shape)
             _logged_curve(member, columns.get("step", []), columns.get(column), member.name)
             for member, columns in _logged(family, metrics)
         ]
-        panels.append((title, _present(curves)))
+        panels.append((title, [replace(curve, smoothed=column != "lr") for curve in _present(curves)]))
     return _over_steps(family, [panel for panel in panels if panel[1]], palette, shape)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred running median: it keeps levels and edges and drops single outliers."""
-    half = window // 2
+    """Centred running median, narrower towards the ends: it keeps levels, edges, both ends, and drops outliers."""
     result = []
     for index in range(len(values)):
+        half = min(window // 2, index, len(values) - 1 - index)
         near = sorted(values[max(0, index - half) : index + half + 1])
         result.append(near[len(near) // 2])
     return result
+
+
+def thin(xs: Sequence[float], ys: Sequence[float], most: int = _MOST) -> tuple[list[float], list[float]]:
+    """At most `most` points: the median of each run of neighbours, placed at the run's end."""
+    run = -(-len(xs) // most)
+    if run <= 1:
+        return list(xs), list(ys)
+    starts = range(0, len(xs), run)
+    middles = [sorted(ys[start : start + run])[len(ys[start : start + run]) // 2] for start in starts]
+    places = [xs[min(start + run, len(xs)) - 1] for start in starts]
+    return places, middles
 
 
 def _accuracy_curves(family: Family, eval_set: str) -> list[Curve]:
@@ -113,7 +127,7 @@ def _accuracy_curves(family: Family, eval_set: str) -> list[Curve]:
         if points:
             xs, ys = [x for x, _ in points], [y for _, y in points]
             name = f"{member.link or member.name} alone" if member.control else member.name
-            curves.append(Curve(member.name, xs, ys, member.control, f"{name} {100 * ys[-1]:.1f} %"))
+            curves.append(Curve(member.name, xs, ys, member.control, name, f"{100 * ys[-1]:.1f} %"))
     return curves
 
 
@@ -147,21 +161,23 @@ def _over_steps(
             axes.locator_params(axis="x", nbins=6)
             if title == "learning rate":
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-            axes.set_title(title)
+            axes.set_title(title, color=palette.ink)
             style(axes, palette)
-            _label_curves(axes, family, curves, palette, 1.0)
+            _label_curves(axes, family, curves, palette, 1.0, shape)
     return figure
 
 
 def _limits(axes: Any, curves: Sequence[Curve]) -> None:
     """From zero, and not up to a spike of the first steps that would flatten all the rest."""
-    values = sorted(y for curve in curves for y in _shown(curve))
+    values = sorted(y for curve in curves for y in _shown(curve)[1])
     top = values[min(len(values) - 1, int(0.995 * len(values)))]
     axes.set_ylim(0, 1.08 * top if top > 0 else 1.0)
 
 
-def _shown(curve: Curve) -> list[float]:
-    return smooth(curve.ys, max(3, len(curve.ys) // 40) | 1) if len(curve.ys) >= _MANY else curve.ys
+def _shown(curve: Curve) -> tuple[list[float], list[float]]:
+    """The points of a curve as drawn: thinned out where there are more than a screen has pixels, and smoothed."""
+    xs, ys = thin(curve.xs, curve.ys)
+    return xs, smooth(ys, max(3, len(ys) // 40) | 1) if curve.smoothed and len(ys) >= _MANY else ys
 
 
 def _draw_curves(
@@ -169,29 +185,32 @@ def _draw_curves(
 ) -> None:
     for curve in curves:
         colour = palette.series[colour_index(family, curve.name)]
-        xs = [x / factor for x in curve.xs]
-        if len(curve.ys) >= _MANY:
-            axes.plot(xs, curve.ys, color=colour, linewidth=0.7, alpha=0.28)
-        marker = {"marker": "o", "markersize": 4.2} if markers or len(xs) == 1 else {}
+        xs, ys = _shown(curve)
+        xs = [x / factor for x in xs]
+        if curve.smoothed and len(ys) >= _MANY:
+            axes.plot(xs, thin(curve.xs, curve.ys)[1], color=colour, linewidth=0.7, alpha=0.28)
+        marker = {"marker": "o", "markersize": 4.2 if len(xs) <= 20 else 2.6} if markers or len(xs) == 1 else {}
         hollow = {"markerfacecolor": palette.paper} if marker and curve.control else {}
         line = {"linestyle": (0, (4, 2.2)), "linewidth": 1.5} if curve.control else {}
-        axes.plot(xs, _shown(curve), color=colour, zorder=2 if curve.control else 3, **marker, **hollow, **line)
+        axes.plot(xs, ys, color=colour, zorder=2 if curve.control else 3, **marker, **hollow, **line)
 
 
-def _label_curves(axes: Any, family: Family, curves: Sequence[Curve], palette: Palette, factor: float) -> None:
-    """Labels at the ends of the curves: beside the axes for those that reach the right edge, under the others."""
+def _label_curves(
+    axes: Any, family: Family, curves: Sequence[Curve], palette: Palette, factor: float, shape: Shape
+) -> None:
+    """Labels at the ends of the curves: beside the axes where those reach the right edge, else where there is room."""
     right = axes.get_xlim()[1]
-    beside = []
+    beside: list[Label] = []
+    inside: list[Label] = []
+    between = " " if shape.side_by_side else "\n"
     for curve in curves:
         colour = palette.series[colour_index(family, curve.name)]
-        x, y = curve.xs[-1] / factor, _shown(curve)[-1]
-        if x >= 0.9 * right:
-            beside.append(Label(x, y, curve.label, colour))
-        else:
-            axes.annotate(
-                curve.label, (x, y), xytext=(3, -9), textcoords="offset points", va="top", ha="center", color=colour
-            )
+        xs, ys = _shown(curve)
+        label = Label(xs[-1] / factor, ys[-1], f"{curve.label}{between}{curve.value}".strip(), colour)
+        (beside if label.x >= 0.9 * right else inside).append(label)
     end_labels(axes, beside)
+    drawn = [[(x / factor, y) for x, y in zip(*_shown(curve))] for curve in curves]
+    free_labels(axes, inside, drawn)
 
 
 def _panels(figure_class: Any, count: int, shape: Shape) -> tuple[Any, list[Any]]:

@@ -81,7 +81,7 @@ def _row(family: Family, member: Member) -> Row:
     }
     for name, metrics in member.evaluation.items():
         values |= {f"{name}/{metric}": value for metric, value in metrics.items()}
-    label = f"{member.name} (alone)" if member.control else member.name
+    label = f"{member.name} (alone)" if member.control and "alone" not in member.name else member.name
     if not member.done:
         label += f", {member.state}"
     cells = (
@@ -98,7 +98,7 @@ def _row(family: Family, member: Member) -> Row:
 
 
 def _set_heading(family: Family, eval_set: str) -> str:
-    return f"{eval_set} top-1 / top-5" if family.metric_of(eval_set) == "top1" else f"{eval_set} R@1 i>t / t>i"
+    return f"{eval_set}, % top-1 / top-5" if family.metric_of(eval_set) == "top1" else f"{eval_set}, % R@1 i>t / t>i"
 
 
 def _score_cell(family: Family, member: Member, eval_set: str) -> str:
@@ -107,4 +107,4 @@ def _score_cell(family: Family, member: Member, eval_set: str) -> str:
     if not any(metric in values for metric in pair):
         return numbers.UNKNOWN
     texts = (f"{100 * values[metric]:.1f}" if metric in values else numbers.UNKNOWN for metric in pair)
-    return " / ".join(texts) + " %"
+    return " / ".join(texts)

@@ -18,12 +18,14 @@ METRIC_NAMES = {
 SAME_COMPUTE = 0.02  # the share by which two budgets may differ and still be called equal
 EQUAL = 0.0005  # fractions closer than this print as the same per cent
 
+Outcome = Literal["won", "lost", "tied", "no control", "unfinished"]
+
 
 @dataclass(frozen=True)
 class Verdict:
     """`outcome` for programs, `headline` for people, `details` are sentences that qualify it."""
 
-    outcome: Literal["won", "lost", "tied", "no control", "unfinished"]
+    outcome: Outcome
     headline: str
     details: tuple[str, ...] = ()
 
@@ -36,8 +38,10 @@ def judge(family: Family) -> Verdict:
     """Compare the last link with the best of its controls on the run's first evaluation set."""
     done = [link for link in family.links if link.done]
     if not family.links or len(done) < len(family.links):
-        newest = f"; {done[-1].name} is the last of them" if done else ""
-        return Verdict("unfinished", f"{len(done)} of {len(family.links)} links are trained{newest}. No result yet.")
+        names = f" ({', '.join(link.name for link in done)})" if done else ""
+        return Verdict(
+            "unfinished", f"Not finished: {len(done)} of {len(family.links)} links trained{names}. No result yet."
+        )
     last, sets = family.links[-1], family.eval_sets
     eval_set = next((name for name in sets if last.score(name) is not None), None)
     if eval_set is None:
@@ -59,16 +63,27 @@ def _compare(last: Member, best: Member, eval_set: str, reached: str, tried: int
     ours, theirs = last.score(eval_set) or 0.0, best.score(eval_set) or 0.0  # both are known here
     gap, points = ours - theirs, f"{100 * abs(ours - theirs):.1f} points"
     against = f"the same model trained alone {_budget(last, best)} reaches {numbers.percent(theirs)}"
-    details = [text for text in (_noise(last, best, eval_set), _catching_up(last, best, eval_set)) if text]
+    details = [_catching_up(last, best, eval_set)]
+    if (noise := _standard_error(last, best, eval_set)) is not None:
+        count, error = noise
+        if EQUAL <= abs(gap) <= 2 * error:
+            points += " (within two standard errors: no clear difference)"
+        details.insert(
+            0,
+            f"On {count:,} images one standard error of the difference is {100 * error:.1f} points, "
+            "the spread between seeds not counted.",
+        )
     if tried > 1:
         details.append(f"Compared with the best of {tried} controls.")
+    outcome: Outcome
     if abs(gap) < EQUAL:
-        return Verdict("tied", f"No difference: {reached}; {against}.", tuple(details))
-    if gap > 0:
-        return Verdict("won", f"The chain won by {points}: {reached}; {against}.", tuple(details))
-    return Verdict(
-        "lost", f"The chain lost by {points}: {reached}; {against}. Training it alone was better here.", tuple(details)
-    )
+        outcome, headline = "tied", f"No difference: {reached}; {against}."
+    elif gap > 0:
+        outcome, headline = "won", f"The chain won by {points}: {reached}; {against}."
+    else:
+        outcome = "lost"
+        headline = f"The chain lost by {points}: {reached}; {against}. Training it alone was better here."
+    return Verdict(outcome, headline, tuple(text for text in details if text))
 
 
 def _budget(last: Member, best: Member) -> str:
@@ -80,19 +95,13 @@ def _budget(last: Member, best: Member) -> str:
     return f"with {ratio:.2f} times the chain's total compute ({numbers.macs(best.macs_total)})"
 
 
-def _noise(last: Member, best: Member, eval_set: str) -> str:
-    """How large the difference is against the spread that so many images alone explain (binomial standard errors)."""
+def _standard_error(last: Member, best: Member, eval_set: str) -> tuple[int, float] | None:
+    """(images, standard error of the difference): what the number of images alone explains, binomially."""
     count = last.evaluation[eval_set].get("images") or last.evaluation[eval_set].get("samples")
     ours, theirs = last.score(eval_set), best.score(eval_set)
-    if not count or ours is None or theirs is None:
-        return ""
-    error = math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / count)
-    small = abs(ours - theirs) <= 2 * error and abs(ours - theirs) >= EQUAL
-    reading = " That is within two of them: read it as no difference shown." if small else ""
-    return (
-        f"On {int(count):,} images one standard error of that difference is {100 * error:.1f} points; "
-        f"the spread between seeds is not in it.{reading}"
-    )
+    if not count or ours is None or theirs is None or not (0 <= ours <= 1 and 0 <= theirs <= 1):
+        return None
+    return int(count), math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / count)
 
 
 def _catching_up(last: Member, best: Member, eval_set: str) -> str:
@@ -103,7 +112,8 @@ def _catching_up(last: Member, best: Member, eval_set: str) -> str:
     reached = next((macs for macs, score in curve if score >= goal), None)
     if reached is None:
         return "Alone it never reached the chain's result within its budget."
-    return f"Alone it first reached that after {reached / last.macs_cumulative:.2f} times the chain's compute."
+    share = reached / last.macs_cumulative
+    return f"Alone it first reached {numbers.percent(goal)} after {share:.2f} times the chain's compute."
 
 
 def curve_of(member: Member, eval_set: str) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""A small run folder with the files a chain writes, for the tests of the report; the numbers are made up by formulas."""
+"""A small run folder with the files a chain writes, for the tests of the report; formulas make up its numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ BATCH = 256
 def evaluation(top1: float) -> dict[str, Any]:
     """The record of one evaluation with `top1` on the first set."""
     return {
-        "held_out_artist": {"top1": top1, "top5": min(1.0, 2.1 * top1), "classes": 1640, "images": 1640, "i2t_r1": top1},
+        "held_out_artist": {
+            "top1": top1,
+            "top5": min(1.0, 2.1 * top1),
+            "classes": 1640,
+            "images": 1640,
+            "i2t_r1": top1,
+        },
         "unseen_names": {"top1": 0.4 * top1, "top5": top1, "classes": 180, "images": 1080},
     }
 
@@ -32,7 +38,11 @@ def write_run(folder: Path, *, control: float | None = 0.171, finished: int = 3)
         samples = steps * BATCH
         train = 3.0 * forward * samples
         teacher = MODELS[index - 1][3] * samples if index else 0.0
-        link: dict[str, Any] = {"name": name, "model": f"models/clip-emoji-{name}.json", "state": "done" if done else "pending"}
+        link: dict[str, Any] = {
+            "name": name,
+            "model": f"models/clip-emoji-{name}.json",
+            "state": "done" if done else "pending",
+        }
         link["parent"] = MODELS[index - 1][0] if index else None
         if done:
             link |= {"seed": 0, "steps": steps, "samples": samples, "parameters": parameters, "final_loss": 1.9}
