@@ -6,7 +6,7 @@ from math import log, sqrt
 from typing import Any
 
 from compt_megatron.errors import UserError
-from compt_megatron.spec.table import Dim, Init, ModelSpec, Param, Tower
+from compt_megatron.spec.table import TOKENIZER_FIELDS, Dim, Init, ModelSpec, Param, Tower
 
 # open_clip config fields that change nothing about the function we build; any other field must be one we read.
 _VISION_READ = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"} | {
@@ -21,7 +21,6 @@ _TEXT_READ = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_r
     "norm_kwargs",
     "pad_id",
 }
-_TOKENIZER = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"}
 _MODEL_READ = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
 _ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
     "ls_init_value": (None,),
@@ -147,7 +146,7 @@ def _vision_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
 
 
 def _text_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
-    _check_fields(cfg, _TEXT_READ | _TOKENIZER, where)
+    _check_fields(cfg, _TEXT_READ | set(TOKENIZER_FIELDS), where)
     width = _integer(cfg, "width", where, 512)
     heads = _integer(cfg, "heads", where, 8)
     if width % heads:

@@ -20,6 +20,9 @@ from typing import Any, Literal
 Role = Literal["write", "read", "norm_scale", "norm_bias", "free"]
 Stage = Literal["pre", "layer", "post"]
 
+# fields of open_clip's text_cfg that say how text becomes tokens, not what the model is
+TOKENIZER_FIELDS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
+
 
 @dataclass(frozen=True)
 class Dim:
@@ -106,6 +109,12 @@ class ModelSpec:
 
     @property
     def digest(self) -> str:
-        """A short hash of the config: two checkpoints with the same digest hold the same model."""
-        text = json.dumps(self.config, sort_keys=True, separators=(",", ":"))
+        """A short hash of the config: two checkpoints with the same digest hold the same model.
+
+        How the tokenizer is found (a path, usually) is no part of it.
+        """
+        config = {**self.config}
+        if isinstance(config.get("text_cfg"), dict):
+            config["text_cfg"] = {key: value for key, value in config["text_cfg"].items() if key not in TOKENIZER_FIELDS}
+        text = json.dumps(config, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,156 @@
+"""Evaluation of a model in training and of a checkpoint, on the sets that a recipe names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compt_megatron.chain.member import Member
+from compt_megatron.chain.train import Position
+from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.data.evaluation import EvalSet
+from compt_megatron.data.source import ShardSource
+from compt_megatron.data.tokenizer import build_tokenizer
+from compt_megatron.data.transforms import eval_transform
+from compt_megatron.engine.deepspeed import DeepSpeedEngine
+from compt_megatron.engine.runtime import Runtime
+from compt_megatron.evaluate.run import evaluate
+from compt_megatron.models.build import build_model
+from compt_megatron.models.state import load_canonical
+from compt_megatron.observe.console import Console
+from compt_megatron.observe.metrics import RunLog
+from compt_megatron.recipe.sections import EvaluateSettings
+from compt_megatron.spec.table import ModelSpec
+
+RETRIEVAL_CAPTIONS = 5  # of each image, as COCO and Flickr30k are scored
+Metrics = dict[str, dict[str, Any]]
+Encode = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Evaluator:
+    """Evaluates one member and keeps its record, RUN/<member>/evaluation.jsonl (rank 0 writes)."""
+
+    def __init__(self, member: Member, run_dir: Path, runtime: Runtime, log: RunLog, console: Console) -> None:
+        self._member, self._runtime, self._log, self._console = member, runtime, log, console
+        self._path = run_dir / member.name / "evaluation.jsonl"
+        self._cache_dir = run_dir / "cache"
+        self._sets: list[EvalSet] | None = None
+
+    def __call__(self, engine: DeepSpeedEngine, position: Position) -> None:
+        """Evaluate the model in training. Collective."""
+        encode_text = (lambda texts: engine.eval_features(texts=texts)["text"]) if self._has_text else None
+        self._record(self._evaluate(lambda images: engine.eval_features(images=images)["image"], encode_text), position)
+
+    def checkpoint(self, path: Path, position: Position) -> None:
+        """Evaluate a checkpoint of the member. Collective."""
+        encode_image, encode_text = encoders(path, self._runtime)
+        self._record(self._evaluate(encode_image, encode_text), position)
+
+    def latest(self) -> Metrics:
+        """The newest record, empty where there is none."""
+        rows = self._rows()
+        return rows[-1]["metrics"] if rows else {}
+
+    @property
+    def _has_text(self) -> bool:
+        return "text" in self._member.spec.towers
+
+    def _evaluate(self, encode_image: Encode, encode_text: Encode | None) -> Metrics:
+        settings = self._member.settings
+        if self._sets is None:
+            self._sets = open_sets(settings.data.eval, self._member.spec, self._runtime, self._cache_dir)
+        return run_evaluation(self._sets, self._member.spec, settings.evaluate, encode_image, encode_text, self._runtime)
+
+    def _record(self, metrics: Metrics, position: Position) -> None:
+        if not metrics or not self._runtime.is_main:
+            return
+        rows = [row for row in self._rows() if row["step"] < position.step]  # a resumed run evaluates again
+        rows.append({**asdict(position), "metrics": metrics})
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_suffix(".jsonl.partial")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        beside.replace(self._path)
+        self._console.evaluate(self._member.name, position.step, metrics)
+        self._log.evaluation(self._member.name, position.step, metrics)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if not self._path.is_file():
+            return []
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+
+
+def open_sets(names: list[str], spec: ModelSpec, runtime: Runtime, cache_dir: Path | None = None) -> list[EvalSet]:
+    """The evaluation sets called `names`, their rows shared out over the ranks."""
+    transform = eval_transform(spec.config)
+    with runtime.main_first():
+        sources = [ShardSource.open(name, cache_dir=cache_dir) for name in names]
+    return [
+        EvalSet(source, transform=transform, name=name, rank=runtime.rank, world=runtime.world)
+        for source, name in zip(sources, names)
+    ]
+
+
+def run_evaluation(
+    sets: list[EvalSet],
+    spec: ModelSpec,
+    settings: EvaluateSettings,
+    encode_image: Encode,
+    encode_text: Encode | None,
+    runtime: Runtime,
+) -> Metrics:
+    """{set: metrics} of a model given by its encoders (un-normalised features). Collective."""
+    return evaluate(
+        encode_image,
+        encode_text,
+        sets,
+        build_tokenizer(spec.config) if encode_text is not None else None,
+        templates=settings.templates,
+        batch=settings.batch_size,
+        captions=RETRIEVAL_CAPTIONS if settings.retrieval else 0,
+        rank=runtime.rank,
+        world=runtime.world,
+        reduce=runtime.sum,
+    )
+
+
+def encoders(path: Path, runtime: Runtime, spec: ModelSpec | None = None) -> tuple[Encode, Encode | None]:
+    """The two encoders of a checkpoint, on this rank's device in fp32."""
+    reader = open_reader(path, spec)
+    try:
+        known = reader.spec
+        assert known is not None
+        model = build_model(known, dtype=torch.float32, device=runtime.device)
+        load_canonical(model, known, lambda name: reader.read(f"weight/{name}"))
+    finally:
+        reader.close()
+    model.eval()
+
+    @torch.no_grad()
+    def encode_image(images: torch.Tensor) -> torch.Tensor:
+        return model.encode_image(images.to(runtime.device))
+
+    @torch.no_grad()
+    def encode_text(texts: torch.Tensor) -> torch.Tensor:
+        return model.encode_text(texts.to(runtime.device))
+
+    return encode_image, encode_text if "text" in known.towers else None
+
+
+def evaluate_checkpoint(
+    path: str | Path, data: list[str], *, spec: ModelSpec | None = None, settings: EvaluateSettings | None = None
+) -> Metrics:
+    """Zero-shot accuracies and retrieval recalls of a checkpoint in any format on the sets `data`. Collective."""
+    runtime = Runtime.start()
+    path = Path(path)
+    reader = open_reader(path, spec)
+    known = reader.spec
+    reader.close()
+    assert known is not None
+    encode_image, encode_text = encoders(path, runtime, known)
+    sets = open_sets(data, known, runtime)
+    return run_evaluation(sets, known, settings or EvaluateSettings(), encode_image, encode_text, runtime)

@@ -1,0 +1,34 @@
+"""Checkpoints for other people's tools: an open_clip folder that open_clip loads as it is, tokenizer included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compt_megatron.checkpoint.api import convert
+from compt_megatron.checkpoint.commit import SINGLE_FILES
+from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.data.tokenizer import export_tokenizer
+from compt_megatron.errors import UserError
+from compt_megatron.spec.table import ModelSpec
+
+EXPORTS = ("open_clip",)
+
+
+def export(
+    src: str | Path, dst: str | Path, format: str = "open_clip", *, spec: ModelSpec | None = None, overwrite: bool = False
+) -> list[str]:
+    """Write checkpoint `src` as `dst` for open_clip: a folder (weights, config, tokenizer vocabulary) or one file.
+
+    Returns a line for each thing that was left out (optimizer state). Raises UserError for another format.
+    """
+    if format not in EXPORTS:
+        raise UserError(f"--format {format}: cannot export to it; choose one of {', '.join(EXPORTS)}")
+    reader = open_reader(src, spec)
+    try:
+        known = reader.spec
+    finally:
+        reader.close()
+    assert known is not None, "a reader knows its model or refuses to open"
+    dst = Path(dst)
+    config, files = (known.config, {}) if dst.suffix in SINGLE_FILES else export_tokenizer(known.config, dst)
+    return convert(src, dst, format, spec=spec, overwrite=overwrite, config=config, attachments=files)

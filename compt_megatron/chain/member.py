@@ -1,0 +1,96 @@
+"""One training of the run, resolved: a link of the chain, or a control (a link's model trained alone)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compt_megatron.recipe.schema import Control, Link, Recipe, Settings
+from compt_megatron.recipe.sections import AlignSettings, GrowSettings
+from compt_megatron.spec.cost import forward_macs
+from compt_megatron.spec.families import load_spec
+from compt_megatron.spec.table import ModelSpec
+
+
+@dataclass(frozen=True)
+class Member:
+    """Everything that decides one training; `parent` is the link that it grows from or is aligned to."""
+
+    name: str
+    kind: str  # "link" or "control"
+    spec: ModelSpec
+    settings: Settings
+    parent: str | None
+    grow: GrowSettings | None
+    align: AlignSettings | None
+    init: str | None
+    train: bool
+    epochs: float | None
+    steps: int | None
+    compute: str | float | None  # controls: "chain" or MACs
+
+    @property
+    def identity(self) -> str:
+        """A hash of what decides the final weights. How it is spread over devices and what is logged do not."""
+        settings = self.settings
+        said: dict[str, Any] = {
+            "model": self.spec.digest,
+            "seed": settings.seed,
+            "precision": settings.precision,
+            "objective": settings.objective.model_dump(),
+            "data": settings.data.model_dump(exclude={"workers", "cache", "eval"}),
+            "optimizer": settings.optimizer.model_dump(),
+            "grow": self.grow.model_dump() if self.grow else None,
+            "align": self.align.model_dump() if self.align else None,
+            "length": [self.init, self.train, self.epochs, self.steps, self.compute],
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+    def macs_per_sample(self, teacher: ModelSpec | None) -> dict[str, float]:
+        """Multiply-accumulates of one training sample: forward and backward (2x), the teacher's forward, and the
+        second forward of cached gradients, which is counted apart."""
+        captions = self.settings.data.captions
+        forward = _forward(self.spec, captions)
+        return {
+            "train": 3.0 * forward,
+            "teacher": float(_forward(teacher, captions)) if teacher is not None else 0.0,
+            "cached_forward": float(forward) if self.settings.parallel.micro_batches > 1 else 0.0,
+        }
+
+
+def _forward(spec: ModelSpec, captions: int) -> int:
+    return sum(forward_macs(spec, tower) * (captions if tower == "text" else 1) for tower in spec.towers)
+
+
+def link_members(recipe: Recipe, beside: Path | None) -> list[Member]:
+    """The links of a recipe, in order. Raises UserError for a model config that cannot be found or read."""
+    members: list[Member] = []
+    for index, link in enumerate(recipe.links):
+        spec = load_spec(link.model, beside)
+        members.append(_link(link, spec, recipe.link_settings(index), members[-1].name if members else None))
+    return members
+
+
+def _link(link: Link, spec: ModelSpec, settings: Settings, previous: str | None) -> Member:
+    parent = previous if link.grow is not None or link.align is not None else None
+    return Member(
+        link.name, "link", spec, settings, parent, link.grow, link.align, link.init, link.train, link.epochs, link.steps, None
+    )  # fmt: skip
+
+
+def control_members(recipe: Recipe, links: list[Member]) -> list[Member]:
+    """The controls of a recipe: the model of a link, from scratch, without a predecessor."""
+    by_name = {member.name: member for member in links}
+    return [
+        _control(control, by_name[control.link].spec, recipe.control_settings(index))
+        for index, control in enumerate(recipe.controls)
+    ]
+
+
+def _control(control: Control, spec: ModelSpec, settings: Settings) -> Member:
+    return Member(
+        control.name, "control", spec, settings, None, None, None, None, True, control.epochs, control.steps, control.compute
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+"""The life cycle of a chain: for every link grow -> train -> evaluate -> export, recorded in the ledger.
+
+A finished link is skipped, an interrupted one goes on from its newest checkpoint. Every rank runs this code; rank 0
+alone writes the ledger and the checkpoints' first weights, and what it decides is shared with the others.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compt_megatron import __version__
+from compt_megatron.chain.evaluation import Evaluator
+from compt_megatron.chain.export import export
+from compt_megatron.chain.initial import write_initial
+from compt_megatron.chain.ledger import Entry, Ledger
+from compt_megatron.chain.member import Member, control_members, link_members
+from compt_megatron.chain.planner import check_recipe
+from compt_megatron.chain.train import Position, Progress, StopFlag, Watch, train_member
+from compt_megatron.checkpoint.commit import read_pointer
+from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.checkpoint.digest import weight_hash
+from compt_megatron.engine.runtime import Runtime
+from compt_megatron.errors import UserError
+from compt_megatron.observe.console import Console
+from compt_megatron.observe.metrics import RunLog
+from compt_megatron.recipe.load import resolved
+from compt_megatron.recipe.schema import Recipe
+
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "open_clip_torch", "numpy")
+
+
+def run(recipe: Recipe, run_dir: Path, link: str | None = None, resume: str = "auto") -> Ledger:
+    """Run the chain of `recipe` in `run_dir`, or only the link (or control) named `link`. Collective.
+
+    `resume`: `auto` goes on where the run folder stands, `none` starts anew in an empty folder, a path starts the
+    first unfinished link from that checkpoint. Raises UserError for what the user can mend (nothing is written before
+    the whole recipe has been checked) and StopRequested after a signal, with a checkpoint written.
+    """
+    runtime = Runtime.start()
+    run_dir = Path(run_dir)
+    links = link_members(recipe, None)
+    members = [*links, *control_members(recipe, links)]
+    check_recipe(recipe, world=runtime.world)
+    if link is not None and link not in [member.name for member in members]:
+        raise UserError(f"--link {link}: the recipe has no such link; it has {', '.join(m.name for m in members)}")
+    stop = StopFlag()
+    with stop.listening():
+        chain = _Chain(recipe, run_dir, members, runtime, stop, resume)
+        return chain.run(link)
+
+
+class _Chain:
+    """One run folder and the members that are trained in it."""
+
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, members: list[Member], runtime: Runtime, stop: StopFlag, resume: str
+    ) -> None:
+        self.recipe, self.run_dir, self.members = recipe, run_dir, members
+        self.runtime, self.stop = runtime, stop
+        self.resume_from = None if resume in ("auto", "none") else Path(resume)
+        if self.resume_from is not None and not self.resume_from.exists():
+            raise UserError(f"--resume {resume}: no such checkpoint; name one, or use auto or none")
+        self.ledger: Ledger = runtime.exchange(self._open_ledger(resume) if runtime.is_main else None)[0]
+        self.console = Console(enabled=runtime.is_main, total_links=len(members))
+
+    def run(self, only: str | None) -> Ledger:
+        with RunLog(self.run_dir, self.runtime.rank, self.recipe.report.tensorboard) as log:
+            try:
+                for member in self.members:
+                    if only in (None, member.name):
+                        self._run_member(member, log)
+            finally:
+                self.console.end_link()
+        if self.runtime.is_main:
+            self.console.table(asdict(self.ledger))
+        return self.ledger
+
+    # -- the ledger --------------------------------------------------------------------------------------------------
+
+    def _open_ledger(self, resume: str) -> Ledger:
+        """Rank 0: the ledger of the run folder, checked against the recipe, or a new one."""
+        known = Ledger.load(self.run_dir)
+        if known is not None and resume == "none":
+            raise UserError(f"{self.run_dir}: already holds a run; --resume none needs a new --run-dir (or remove it)")
+        if known is None:
+            if self.run_dir.exists() and any(self.run_dir.iterdir()):
+                foreign = sorted(path.name for path in self.run_dir.iterdir() if path.name != "status.json")
+                if foreign:
+                    raise UserError(
+                        f"{self.run_dir}: not empty ({', '.join(foreign[:3])}) and not a run of compt; choose another --run-dir"
+                    )
+            known = Ledger(self.recipe.name, "recipe.yaml", self.recipe.digest)
+        self._match(known)
+        known.command = shlex.join(["compt", *sys.argv[1:]])
+        known.versions = _versions()
+        known.machine = {"cpus": torch.get_num_threads(), "device": str(self.runtime.device), "world": self.runtime.world}
+        known.save(self.run_dir)
+        (self.run_dir / "recipe.yaml").write_text(resolved(self.recipe), encoding="utf-8")
+        return known
+
+    def _match(self, ledger: Ledger) -> None:
+        """Give every member its entry; refuse a recipe that would train another model under a started one's name."""
+        known = {entry.name: entry for entry in (*ledger.links, *ledger.controls)}
+        entries = []
+        for member in self.members:
+            entry = known.get(member.name)
+            if entry is not None and entry.state != "pending" and entry.identity != member.identity:
+                raise UserError(
+                    f"{self.run_dir}: link {member.name!r} was started with other settings than the recipe has now; "
+                    "use another --run-dir, or put the recipe back (RUN/recipe.yaml has it)"
+                )
+            if entry is None or entry.state == "pending":
+                entry = Entry(member.name, member.spec.name, kind=member.kind, parent=member.parent)  # type: ignore[arg-type]
+                entry.identity, entry.seed, entry.parameters = member.identity, member.settings.seed, member.spec.numel
+            entries.append(entry)
+        ledger.links = [entry for entry in entries if entry.kind == "link"]
+        ledger.controls = [entry for entry in entries if entry.kind == "control"]
+
+    def _save_ledger(self) -> None:
+        if self.runtime.is_main:
+            self.ledger.save(self.run_dir)
+
+    # -- one member --------------------------------------------------------------------------------------------------
+
+    def _run_member(self, member: Member, log: RunLog) -> None:
+        entry = self.ledger.entry(member.name)
+        if entry.state == "done":
+            self.console.message(f"{member.name}: done already ({entry.steps} steps)")
+            return
+        parent = self._parent_checkpoint(member)
+        if member.kind == "link":
+            entry.chain_macs_before = self._chain_macs(member.name)
+        elif member.compute is not None:
+            entry.budget_macs = self._budget(member)
+        if entry.state == "pending":
+            self._start(member, entry, parent)
+        if entry.state in ("started", "training"):
+            self._train(member, entry, parent, log)
+        self._finish(member, entry, log)
+
+    def _parent_checkpoint(self, member: Member) -> Path | None:
+        if member.parent is None:
+            return None
+        parent = self.ledger.entry(member.parent)
+        if parent.checkpoint is None or parent.state not in ("trained", "done"):
+            raise UserError(f"link {member.name!r} grows from {member.parent!r}, which is not trained yet; train that first")
+        return self.run_dir / parent.checkpoint
+
+    def _chain_macs(self, before: str) -> float:
+        """What the links before `before` have cost."""
+        names = [entry.name for entry in self.ledger.links]
+        return sum(entry.macs.get("total", 0.0) for entry in self.ledger.links[: names.index(before)])
+
+    def _budget(self, member: Member) -> float:
+        """MACs that a control may spend: a number, or what the chain spent up to and with the control's link."""
+        if member.compute != "chain":
+            return float(member.compute or 0)
+        link = next(control.link for control in self.recipe.controls if control.name == member.name)
+        entry = self.ledger.entry(link)
+        if entry.state not in ("trained", "done"):
+            raise UserError(f"control {member.name!r} spends what the chain spent, but {link!r} is not trained yet")
+        return self._chain_macs(link) + entry.macs["total"]
+
+    def _start(self, member: Member, entry: Entry, parent: Path | None) -> None:
+        target = self.run_dir / member.name / "initial"
+        how = f"grown from {member.parent} by {member.grow.operator!r}" if member.grow else member.init or "fresh weights"
+        self.console.message(f"{member.name}: {entry.parameters / 1e6:.2f} M parameters, {how}")
+        with self.runtime.main_first():
+            if self.runtime.is_main:
+                entry.certificate = write_initial(member, parent, target)
+        entry.initial, entry.state = str(target.relative_to(self.run_dir)), "started"
+        self._save_ledger()
+
+    def _train(self, member: Member, entry: Entry, parent: Path | None, log: RunLog) -> None:
+        evaluator = Evaluator(member, self.run_dir, self.runtime, log, self.console)
+        watch = Watch(log, self.console, self.recipe.checkpoint, self.recipe.report, evaluator, self.stop)
+        entry.state = "training"
+        self._save_ledger()
+        if member.train:
+            resume_from, self.resume_from = self.resume_from, None
+            progress = train_member(member, entry, self.run_dir, parent, self.runtime, watch, resume_from)
+            _record(entry, progress)
+            checkpoint = read_pointer(self.run_dir / member.name / "checkpoints")
+            assert checkpoint is not None, "training ends with a checkpoint"
+            entry.checkpoint = str(checkpoint.relative_to(self.run_dir))
+        else:
+            entry.checkpoint = entry.initial
+        entry.evaluation = evaluator.latest()
+        entry.state = "trained"
+        self._save_ledger()
+
+    def _finish(self, member: Member, entry: Entry, log: RunLog) -> None:
+        checkpoint = self.run_dir / (entry.checkpoint or "")
+        if member.settings.evaluate.at_end and not entry.evaluation and member.settings.data.eval:
+            evaluator = Evaluator(member, self.run_dir, self.runtime, log, self.console)
+            macs = entry.chain_macs_before + entry.macs.get("total", 0.0)
+            evaluator.checkpoint(checkpoint, Position(entry.steps, 0.0, entry.samples, macs))
+            entry.evaluation = evaluator.latest()
+        with self.runtime.main_first():
+            if self.runtime.is_main:
+                reader = open_reader(checkpoint)
+                entry.weight_hash = weight_hash(reader)
+                reader.close()
+                target = self.run_dir / member.name / "export"
+                export(checkpoint, target, "open_clip", overwrite=True)
+                entry.export = str(target.relative_to(self.run_dir))
+        entry.state = "done"
+        self._save_ledger()
+
+
+def _record(entry: Entry, progress: Progress) -> None:
+    entry.steps = entry.total_steps = progress.total_steps
+    entry.samples, entry.macs = progress.samples, progress.macs
+    entry.wall_s, entry.cpu_s = progress.wall_s, progress.cpu_s
+    entry.align_at_step0, entry.final_loss, entry.skipped_steps = progress.align_at_step0, progress.loss, progress.skipped
+
+
+def _versions() -> dict[str, str]:
+    versions = {"compt_megatron": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,344 @@
+"""The training loop of one link, from its first weights (or its last checkpoint) to its last step."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from compt_megatron.align.alignment import Alignment
+from compt_megatron.align.projection import Projections
+from compt_megatron.align.teacher import Teacher
+from compt_megatron.chain.ledger import Entry
+from compt_megatron.chain.member import Member
+from compt_megatron.checkpoint.commit import committed, read_pointer, remove_checkpoint, write_pointer
+from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.data.loader import TrainLoader
+from compt_megatron.data.source import ShardSource
+from compt_megatron.data.tokenizer import build_tokenizer
+from compt_megatron.data.transforms import train_transform
+from compt_megatron.engine.deepspeed import DeepSpeedEngine
+from compt_megatron.engine.runtime import Runtime
+from compt_megatron.errors import StopRequested, UserError
+from compt_megatron.objectives.registry import build_objective
+from compt_megatron.observe.console import Console
+from compt_megatron.observe.metrics import RunLog
+from compt_megatron.observe.throughput import Throughput, peak_flops
+from compt_megatron.recipe.sections import CheckpointSettings, ReportSettings
+
+# What an exactly grown model may differ from its teacher at step 0: the squared distance of unit feature vectors.
+_ALIGN_NOISE = {"fp32": 1e-6, "bf16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a training has come: `macs` counts the chain's compute up to here, predecessors included."""
+
+    step: int
+    epoch: float
+    samples: int
+    macs: float
+
+
+@dataclass
+class Watch:
+    """What the loop reports to, and what it asks: the run's log, its console, an evaluation, a request to stop."""
+
+    log: RunLog
+    console: Console
+    checkpoint: CheckpointSettings
+    report: ReportSettings
+    evaluate: Callable[[DeepSpeedEngine, Position], None]
+    stop: StopFlag
+
+
+class StopFlag:
+    """Set by SIGTERM, SIGUSR1 or SIGINT: finish the step, write a checkpoint, leave with exit status 3."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    @contextmanager
+    def listening(self) -> Iterator[StopFlag]:
+        """Handle the signals within the block (main thread only), and restore the old handlers after it."""
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        before = {number: signal.signal(number, self) for number in signals}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Progress:
+    """Where the training of a link stands and what it has cost."""
+
+    total_steps: int
+    steps_per_epoch: int
+    streams: int
+    macs_per_sample: dict[str, float]
+    samples: int = 0
+    aligned_samples: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    skipped: int = 0
+    loss: float | None = None
+    align_at_step0: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def macs(self) -> dict[str, float]:
+        """Multiply-accumulates so far. The second forward of cached gradients is reported, but not in the total:
+        it buys memory, not training."""
+        costs = {key: value * self.samples for key, value in self.macs_per_sample.items()}
+        costs["teacher"] = self.macs_per_sample["teacher"] * self.aligned_samples
+        return costs | {"total": costs["train"] + costs["teacher"]}
+
+    def position(self, step: int, entry: Entry) -> Position:
+        macs = entry.chain_macs_before + self.macs["total"]
+        return Position(step, step / self.steps_per_epoch, self.samples, macs)
+
+
+def open_loader(
+    member: Member, runtime: Runtime, cache_dir: Path, *, start_step: int = 0, streams: int | None = None
+) -> TrainLoader:
+    """The training batches of a member from `start_step` on. Rank 0 counts shards of unknown size first."""
+    data = member.settings.data
+    with runtime.main_first():
+        source = ShardSource.open(data.train, cache_dir=cache_dir)
+    tokenizer = build_tokenizer(member.spec.config) if "text" in member.spec.towers else None
+    return TrainLoader(
+        source,
+        tokenizer=tokenizer,
+        transform=train_transform(member.spec.config, dict(data.augment)),
+        batch_size=data.batch_size,
+        captions=data.captions,
+        seed=member.settings.seed,
+        streams=streams or data.streams,
+        rank=runtime.rank,
+        world=runtime.world,
+        workers=data.workers,
+        start_step=start_step,
+        skip_budget=data.skip_budget,
+        shuffle_window=data.shuffle_window,
+        cache=data.cache,
+        caption_keys=data.caption_fields or None,
+    )
+
+
+def total_steps(member: Member, steps_per_epoch: int, budget_macs: float | None) -> int:
+    """Steps of a member's training: as said, by epochs, or (controls) by the compute it may spend."""
+    if not member.train:
+        return 0
+    if member.steps is not None:
+        return member.steps
+    if member.epochs is not None:
+        return max(1, round(member.epochs * steps_per_epoch))
+    assert budget_macs is not None, "a member without a length has a budget"
+    return max(1, math.floor(budget_macs / (member.macs_per_sample(None)["train"] * member.settings.data.batch_size)))
+
+
+def train_member(
+    member: Member, entry: Entry, run_dir: Path, parent_checkpoint: Path | None, runtime: Runtime, watch: Watch,
+    resume_from: Path | None = None,
+) -> Progress:  # fmt: skip
+    """Train to the last step, resuming from the member's newest checkpoint. Collective.
+
+    Returns with the last checkpoint written under RUN/<member>/checkpoints. Raises StopRequested after a checkpoint
+    when a signal asked to stop, and UserError for what the user can mend.
+    """
+    folder = run_dir / member.name / "checkpoints"
+    newest = resume_from or read_pointer(folder)
+    start_from = newest or run_dir / (entry.initial or "")
+    train_state = _peek(newest) if newest else {}
+    loader = open_loader(
+        member, runtime, run_dir / "cache", start_step=train_state.get("step", 0), streams=train_state.get("streams")
+    )
+    steps = total_steps(member, loader.steps_per_epoch, entry.budget_macs)
+    teacher, alignment, projections = _alignment(member, parent_checkpoint, steps, runtime)
+    progress = Progress(
+        steps,
+        loader.steps_per_epoch,
+        loader.streams,
+        member.macs_per_sample(teacher.spec if teacher else None),
+        wall_s=train_state.get("wall_s", 0.0),
+        cpu_s=train_state.get("cpu_s", 0.0),
+        samples=train_state.get("samples", 0),
+        aligned_samples=train_state.get("aligned_samples", 0),
+        skipped=train_state.get("skipped", 0),
+        loss=train_state.get("loss"),
+        align_at_step0=train_state.get("align_at_step0", {}),
+    )
+    engine = DeepSpeedEngine(
+        member.spec,
+        member.settings,
+        build_objective(member.settings.objective.name, **member.settings.objective.options()),
+        runtime,
+        total_steps=progress.total_steps,
+        teacher=teacher,
+        alignment=alignment,
+        projections=projections,
+    )
+    try:
+        lineage = engine.load(start_from, optimizer=newest is not None).get("lineage", [])
+        watch.log.rewind(member.name, engine.global_step)
+        _loop(engine, loader, member, entry, progress, watch, folder, lineage, runtime)
+    finally:
+        loader.close()
+        engine.close()
+    return progress
+
+
+def _loop(
+    engine: DeepSpeedEngine, loader: TrainLoader, member: Member, entry: Entry, progress: Progress, watch: Watch,
+    folder: Path, lineage: list[dict[str, Any]], runtime: Runtime,
+) -> None:  # fmt: skip
+    save_every = watch.checkpoint.every_steps or progress.steps_per_epoch
+    evaluate_every = member.settings.evaluate.every_epochs
+    evaluate_steps = max(1, round(evaluate_every * progress.steps_per_epoch)) if evaluate_every else 0
+    throughput = Throughput(sum(progress.macs_per_sample.values()), _peak(runtime, member))
+    clock, cpu_clock = _Clock(time.perf_counter), _Clock(time.process_time)
+    watch.console.begin_link(member.name, progress.total_steps, engine.global_step)
+    batches = iter(loader)
+    saved_at = engine.global_step if engine.global_step else -1
+    while engine.global_step < progress.total_steps:
+        batch = next(batches)
+        if engine.global_step == 0:
+            progress.align_at_step0 = _check_alignment(engine, member, batch)
+            if progress.align_at_step0:
+                watch.console.align_at_start(member.name, sum(progress.align_at_step0.values()))
+        result = engine.step(batch)
+        step = engine.global_step
+        progress.samples += result.samples
+        progress.aligned_samples += result.samples if result.aligned else 0
+        progress.skipped += result.skipped
+        progress.loss = result.loss
+        progress.wall_s += clock.lap()
+        progress.cpu_s += cpu_clock.lap()
+        throughput.add(result.samples)
+        last = step == progress.total_steps
+        if step % watch.report.every_steps == 0 or last or step == 1:
+            rates = throughput.read((progress.total_steps - step) * result.samples)
+            scalars = {"loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm, **rates.scalars()}
+            scalars |= {"samples": progress.samples, "macs": entry.chain_macs_before + progress.macs["total"]}
+            watch.log.log(member.name, step, parts=result.parts, skipped=progress.skipped, **scalars)
+            watch.console.line(step, scalars, result.parts)
+        else:
+            watch.console.advance(step)
+        stopping = runtime.any(watch.stop.requested)
+        throughput.pause()
+        if step % save_every == 0 or last or stopping:
+            _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
+            saved_at = step
+        if evaluate_steps and step % evaluate_steps == 0 and not last:
+            watch.evaluate(engine, progress.position(step, entry))
+        throughput.resume()
+        clock.lap()
+        cpu_clock.lap()
+        if stopping and not last:
+            raise StopRequested(f"{member.name}: stopped at step {step} of {progress.total_steps}; start again to resume")
+    if progress.total_steps and saved_at != progress.total_steps:
+        _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
+    if member.settings.evaluate.at_end and progress.total_steps:
+        watch.evaluate(engine, progress.position(engine.global_step, entry))
+
+
+class _Clock:
+    """Seconds since the last lap."""
+
+    def __init__(self, read: Any) -> None:
+        self._read, self._last = read, read()
+
+    def lap(self) -> float:
+        now = self._read()
+        passed, self._last = now - self._last, now
+        return passed
+
+
+def _peak(runtime: Runtime, member: Member) -> float | None:
+    """FLOP/s of all devices of the job together, None where the device's peak is not known."""
+    if runtime.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(runtime.device), member.settings.precision)
+    return None if peak is None else peak * runtime.world
+
+
+def _check_alignment(engine: DeepSpeedEngine, member: Member, batch: Any) -> dict[str, float]:
+    """The alignment loss before the first step; an exactly grown model must start at zero, to rounding."""
+    losses = engine.alignment_at_start(batch)
+    exact = member.grow is not None and member.grow.operator == "exact" and not member.grow.allow_approximate
+    limit = _ALIGN_NOISE[member.settings.precision]
+    if exact and any(not value <= limit for value in losses.values()):
+        raise UserError(
+            f"{member.name}: grown by 'exact', but its features differ from the predecessor's at step 0 "
+            f"({losses}, rounding stays below {limit:g}); check the grown checkpoint with: compt verify"
+        )
+    return losses
+
+
+def _alignment(
+    member: Member, parent_checkpoint: Path | None, steps: int, runtime: Runtime
+) -> tuple[Teacher | None, Alignment | None, Projections | None]:
+    if member.align is None or not member.train:
+        return None, None, None
+    assert parent_checkpoint is not None
+    dtype = torch.bfloat16 if member.settings.precision == "bf16" else torch.float32
+    teacher = Teacher.load(parent_checkpoint, dtype, runtime.device)
+    align = member.align
+    alignment = Alignment(
+        weight=align.weight,
+        schedule=align.schedule,
+        end_step=None if align.end is None else max(1, round(align.end * steps)),
+        clamp=align.clamp,
+        distance=align.distance,
+        towers=tuple(align.towers),
+    )
+    projections = Projections.between(member.spec, teacher.spec, member.settings.seed)
+    return teacher, alignment, projections
+
+
+def _peek(checkpoint: Path) -> dict[str, Any]:
+    """The training position that a run checkpoint records."""
+    reader = open_reader(checkpoint)
+    try:
+        return dict(reader.metadata().get("train") or {})
+    finally:
+        reader.close()
+
+
+def _save(
+    engine: DeepSpeedEngine, folder: Path, progress: Progress, lineage: list[dict[str, Any]], keep: int, runtime: Runtime
+) -> None:
+    """Write a checkpoint, move the pointer to it, then delete those that are over `keep`."""
+    name = f"step_{engine.global_step:08d}"
+    train = {
+        "step": engine.global_step,
+        "samples": progress.samples,
+        "aligned_samples": progress.aligned_samples,
+        "epoch": engine.global_step / progress.steps_per_epoch,
+        "streams": progress.streams,
+        "total_steps": progress.total_steps,
+        "wall_s": progress.wall_s,
+        "cpu_s": progress.cpu_s,
+        "skipped": progress.skipped,
+        "loss": progress.loss,
+        "align_at_step0": progress.align_at_step0,
+        "world": runtime.world,
+    }
+    engine.save(folder / name, train, lineage)
+    with runtime.main_first():
+        if runtime.is_main:
+            write_pointer(folder, name)
+            for old in committed(folder)[:-keep]:
+                remove_checkpoint(old)

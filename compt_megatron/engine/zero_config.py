@@ -1,0 +1,36 @@
+"""The DeepSpeed configuration of a layout. One function, pure data: it can be printed, compared and tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compt_megatron.recipe.sections import OptimizerSettings, ParallelSettings
+
+
+def deepspeed_config(
+    parallel: ParallelSettings, optimizer: OptimizerSettings, precision: str, rows_per_micro_batch: int, world: int
+) -> dict[str, Any]:
+    """DeepSpeed's JSON for one link. `rows_per_micro_batch` counts this rank's samples of one micro-batch."""
+    zero: dict[str, Any] = {"stage": parallel.zero}
+    if parallel.zero == 3:
+        # DeepSpeed's memory-efficient linear patches F.linear for the whole process and shifts bf16 numerics of
+        # every other model in it, the teacher's too.
+        zero |= {"memory_efficient_linear": False, "stage3_gather_16bit_weights_on_model_save": False}
+    if parallel.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": rows_per_micro_batch,
+        "gradient_accumulation_steps": parallel.micro_batches,
+        "train_batch_size": rows_per_micro_batch * parallel.micro_batches * world,
+        "gradient_clipping": optimizer.clip_grad or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves offload too; no C++ build at start
+        "steps_per_print": None,
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if parallel.zero:
+            # Gradients are summed over micro-batches and ranks in fp32; stage 0 can only do it in the model's dtype.
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
