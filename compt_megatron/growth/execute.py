@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from math import prod
+from math import prod, sqrt
 
 import torch
 
 from compt_megatron.checkpoint.contract import Reader, Region, TensorInfo, Writer, region_shape, slabs, whole
 from compt_megatron.errors import UserError
-from compt_megatron.growth.plan import Constant, Copy, GrowthPlan, Part, Piece, Random, Reduce, TensorPlan, pair_signs
+from compt_megatron.growth.plan import (
+    Constant,
+    Contrast,
+    Copy,
+    GrowthPlan,
+    Part,
+    Piece,
+    Random,
+    Reduce,
+    TensorPlan,
+    pair_signs,
+)
 from compt_megatron.spec.random import initial
 
 Read = Callable[[str, Region], torch.Tensor]  # (source name, region) -> CPU tensor of the stored dtype
@@ -115,7 +126,7 @@ class Maker:
             return value if piece.scale == 1.0 else value.double() * piece.scale
         assert isinstance(piece, Constant)
         value = torch.full(region_shape(inside), piece.value, dtype=torch.float64)
-        return value / _signs(part, 0, inside) if piece.paired else value
+        return value / (self._kappa(piece.contrast) * _signs(part, 0, inside)) if piece.contrast else value
 
     def _reduce(self, part: Part, piece: Reduce, inside: Region) -> torch.Tensor:
         region = list(_source_region(part, piece.start, inside))
@@ -127,12 +138,12 @@ class Maker:
         if piece.contrast is not None:
             shape = [1] * len(region)
             shape[piece.dim] = -1
-            mean = mean + _signs(part, piece.dim, inside).reshape(shape) * (piece.contrast.kappa * contrast)
+            mean = mean + _signs(part, piece.dim, inside).reshape(shape) * (self._kappa(piece.contrast) * contrast)
         return (piece.scale * mean).expand(region_shape(inside))
 
     def _means(self, piece: Reduce, region: Region) -> torch.Tensor:
         """[2, ...]: mean and contrast along `piece.dim` (of size 1 here), in fp64."""
-        weights = self._weights(piece) if piece.contrast else None
+        weights = self._deviations(piece.contrast) / piece.size if piece.contrast else None
         pieces = []
         for block in _blocks(region, piece.dim):
             rows = self._read(piece.source, block).double()
@@ -145,10 +156,14 @@ class Maker:
             pieces.append(torch.stack([mean, contrast]))
         return torch.cat(pieces, dim=1 + _block_dim(region, piece.dim)) if len(pieces) > 1 else pieces[0]
 
-    def _weights(self, piece: Reduce) -> torch.Tensor:
-        assert piece.contrast is not None
-        gamma = self._read(piece.contrast.gamma, (slice(0, piece.size),)).double()
-        return (gamma - tree_sum(gamma, 0) / piece.size) / piece.size
+    def _deviations(self, contrast: Contrast) -> torch.Tensor:
+        """gamma - mean(gamma), in fp64."""
+        gamma = self._read(contrast.gamma, (slice(0, contrast.size),)).double()
+        return gamma - tree_sum(gamma, 0) / contrast.size
+
+    def _kappa(self, contrast: Contrast) -> float:
+        std = sqrt(tree_sum(self._deviations(contrast).square(), 0).item() / contrast.size)
+        return min(contrast.ceiling, contrast.ratio / std) if std > 0 else contrast.ceiling
 
 
 def tree_sum(values: torch.Tensor, dim: int) -> torch.Tensor:

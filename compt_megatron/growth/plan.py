@@ -35,10 +35,15 @@ class Copy:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Adds s_j * kappa * sum_i w_i source_i to row j of a mean, w = (gamma - mean(gamma)) / n, s = `pair_signs`."""
+    """Adds s_j * kappa * sum_i w_i source_i to row j of a mean, w = (gamma - mean(gamma)) / n, s = `pair_signs`.
+
+    kappa = min(ceiling, ratio / std(gamma)), std over all `size` entries of the source tensor `gamma`.
+    """
 
     gamma: str
-    kappa: float
+    size: int
+    ratio: float
+    ceiling: float
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,20 @@ class Reduce:
     contrast: Contrast | None = None
 
     def __str__(self) -> str:
-        more = f" ± {self.contrast.kappa} * contrast by {self.contrast.gamma}" if self.contrast else ""
+        more = f" ± kappa * contrast by {self.contrast.gamma}" if self.contrast else ""
         return f"mean of {self.source} over dimension {self.dim}{more}{_times(self.scale)}"
 
 
 @dataclass(frozen=True)
 class Constant:
-    """Every element is `value`; with `paired`, row j of the box is value / pair_signs(rows)[j]."""
+    """Every element is `value`; with a contrast, row j of the box is value / (kappa * pair_signs(rows)[j])."""
 
     kind: ClassVar[str] = "constant"
     value: float
-    paired: bool = False
+    contrast: Contrast | None = None
 
     def __str__(self) -> str:
-        return f"{'±' if self.paired else ''}{self.value:g}"
+        return f"±{self.value:g} / kappa" if self.contrast else f"{self.value:g}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class TensorPlan:
         for part in self.parts:
             if isinstance(part.piece, Copy | Reduce):
                 yield part.piece.source
-            if isinstance(part.piece, Reduce) and part.piece.contrast:
+            if isinstance(part.piece, Reduce | Constant) and part.piece.contrast:
                 yield part.piece.contrast.gamma
 
     def __str__(self) -> str:

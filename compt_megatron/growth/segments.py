@@ -15,7 +15,7 @@ class Segment:
     """Target indices [start, stop) of one dimension.
 
     `old`: source indices from `source` on, times `scale`; `mean`: the mean of all source rows times `scale`; `free`: a
-    fresh value times `scale`; `value`: the number `value` (divided by the pair signs if `paired`).
+    fresh value times `scale`; `value`: the number `value`. `contrast`: see the pieces of plan.py.
     """
 
     start: int
@@ -25,7 +25,6 @@ class Segment:
     scale: float = 1.0
     contrast: Contrast | None = None
     value: float = 0.0
-    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def merged(parts: list[Part]) -> list[Part]:
 
 
 def _joins(first: Part, second: Part, dim: int) -> bool:
-    plain = isinstance(first.piece, Random) or (isinstance(first.piece, Constant) and not first.piece.paired)
+    plain = isinstance(first.piece, Random) or (isinstance(first.piece, Constant) and not first.piece.contrast)
     others = (*first.box[:dim], *first.box[dim + 1 :]) == (*second.box[:dim], *second.box[dim + 1 :])
     return plain and first.piece == second.piece and others and first.box[dim][1] == second.box[dim][0]
 
@@ -87,8 +86,8 @@ def _joins(first: Part, second: Part, dim: int) -> bool:
 def _piece(param: Param, source: str, source_shape: tuple[int, ...], meeting: tuple[Segment, ...]) -> Piece:
     for segment in meeting:
         if segment.what == "value":
-            assert not segment.paired or len(meeting) == 1, param.name
-            return Constant(segment.value, segment.paired)
+            assert segment.contrast is None or len(meeting) == 1, param.name
+            return Constant(segment.value, segment.contrast)
     free = [segment.scale for segment in meeting if segment.what == "free"]
     scale = 1.0
     if free:

@@ -25,15 +25,20 @@ class MeanPad:
     rows of the writers before it are c (mean row + s_j kappa wᵀ rows), with signs s that sum to zero, and then
     gamma' = [gamma, 1 / (s kappa)], beta' = c [beta, mean(beta)].
 
-    Exact for pre-LN models at any ratio; after an `ln_pre` up to a relative O(kappa²) change of that norm's variance
-    (kappa 0.05: 1e-6, the noise of fp32). Source: LEMON (arXiv 2310.07999) pads with averages; the factor c that lets
-    eps stay, and the `ln_pre` rule, are this project's (docs/growth.md).
+    Exact for pre-LN models at any ratio. After an `ln_pre` the variance is off by (m - n) / n kappa² (wᵀ x̂)² and no
+    more: features agree to about 1e-6, the noise of fp32. kappa is a compromise: the updates of the new rows reach the
+    stream times 1 / kappa, so that a small one trains badly. As |wᵀ x̂| <= std(gamma), the choice
+    kappa = 0.01 sqrt(n / (m - n)) / std(gamma), at most 0.2, bounds the error alike for every model and ratio.
+
+    Source: LEMON (arXiv 2310.07999) pads with averages; the factor c that lets eps stay, and the `ln_pre` rule, are this
+    project's (docs/growth.md).
     """
 
     name = "mean_pad"
     axes = frozenset({"embed"})
     exact = True
-    kappa = 0.05
+    spread = 0.01
+    ceiling = 0.2
 
     def segments(self, site: Site) -> list[Segment]:
         if site.new == site.old:
@@ -41,19 +46,24 @@ class MeanPad:
         c = sqrt(site.new / site.old)
         before_norm = site.pre_gamma is not None and site.param.stage == "pre"
         mean = Segment(0, 0, "mean", scale=c)
+        contrast = self._contrast(site) if before_norm else None
         if before_norm and site.new - site.old < 2:
             raise UserError(
                 f"{site.param.name}: width {site.old} -> {site.new} grows by one entry, and a tower with ln_pre needs "
                 "at least two; choose a target that is wider by two or more"
             )
         if site.role == "write":
-            contrast = Contrast(site.pre_gamma, self.kappa) if before_norm and site.pre_gamma else None
             return leading(site, replace(mean, contrast=contrast), c)
         if site.role == "norm_scale":
             if before_norm:
-                return leading(site, Segment(0, 0, "value", value=1 / self.kappa, paired=True))
+                return leading(site, Segment(0, 0, "value", value=1.0, contrast=contrast))
             return leading(site, Segment(0, 0, "value", value=1.0), 1 / c)
         if site.role == "norm_bias":
             return leading(site, mean, c) if before_norm else leading(site, Segment(0, 0, "value", value=0.0))
         assert site.role == "read", site
         return leading(site, FREE)
+
+    def _contrast(self, site: Site) -> Contrast:
+        assert site.pre_gamma is not None
+        ratio = self.spread * sqrt(site.old / (site.new - site.old))
+        return Contrast(site.pre_gamma, site.old, ratio, self.ceiling)
