@@ -1,0 +1,109 @@
+"""Proving checkpoints: one, or all that the ledger of a run names."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from compt_megatron.chain.ledger import FILENAME, Entry, Ledger
+from compt_megatron.checkpoint.api import check
+from compt_megatron.checkpoint.digest import weight_hash
+from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.errors import UserError
+from compt_megatron.growth.verify import verify as verify_growth
+from compt_megatron.spec.table import ModelSpec
+
+
+def verify(path: str | Path, against: str | Path | None = None, spec: ModelSpec | None = None) -> list[dict[str, Any]]:
+    """Verify a checkpoint, or every checkpoint that a run folder's ledger names.
+
+    Checked are checksums, names, shapes and completeness; where a grown checkpoint's source is known (recorded, or
+    `against`) every grown tensor is made again and compared byte for byte, and the difference of features is measured
+    through open_clip where that is installed.
+
+    Returns one record a checkpoint: path, files ("ok"), growth (None or {against, tensors, elements}), parity (None
+    or relative differences of features), notes. Raises UserError at the first defect.
+    """
+    path = Path(path)
+    if (path / FILENAME).is_file():
+        return _verify_run(path)
+    return [verify_checkpoint(path, against, spec)]
+
+
+def verify_checkpoint(path: Path, against: str | Path | None = None, spec: ModelSpec | None = None) -> dict[str, Any]:
+    """The record of one checkpoint, see `verify`."""
+    check(path, spec)
+    record: dict[str, Any] = {"path": str(path), "files": "ok", "growth": None, "parity": None, "notes": []}
+    reader = open_reader(path, spec)
+    try:
+        known = reader.metadata()
+    finally:
+        reader.close()
+    certificate = known.get("certificate")
+    trained = bool((known.get("train") or {}).get("step"))
+    if against is None and (certificate is None or trained):
+        return record
+    source = Path(against or (certificate or {})["source"]["path"])
+    if against is None and not source.exists():
+        record["notes"].append(f"its source {source} is not there; give it with --against to check the growth too")
+        return record
+    report = verify_growth(path, source, spec)
+    if not report.ok:
+        raise UserError(report.describe().splitlines()[0])
+    record["growth"] = {"against": report.against, "tensors": report.tensors, "elements": report.elements}
+    record["parity"] = _parity(source, path, report.certificate.source_spec(), spec)
+    return record
+
+
+def _parity(source: Path, grown: Path, source_spec: ModelSpec, spec: ModelSpec | None) -> dict[str, float] | None:
+    if importlib.util.find_spec("open_clip") is None:
+        return None
+    from compt_megatron.evaluate.parity import parity
+
+    first = open_reader(source, source_spec)
+    try:
+        second = open_reader(grown, spec)
+        try:
+            return parity(first, second)
+        finally:
+            second.close()
+    finally:
+        first.close()
+
+
+def _verify_run(run_dir: Path) -> list[dict[str, Any]]:
+    ledger = Ledger.load(run_dir)
+    assert ledger is not None, f"{run_dir} has a ledger"
+    records = []
+    for entry in (*ledger.links, *ledger.controls):
+        records += _verify_entry(run_dir, ledger, entry)
+    if not records:
+        raise UserError(f"{run_dir}: the run has no checkpoints yet; nothing to verify")
+    return records
+
+
+def _verify_entry(run_dir: Path, ledger: Ledger, entry: Entry) -> list[dict[str, Any]]:
+    records = []
+    if entry.initial is not None:
+        parent = ledger.entry(entry.parent).checkpoint if entry.parent and entry.certificate else None
+        records.append(verify_checkpoint(run_dir / entry.initial, run_dir / parent if parent else None))
+    for path in (entry.checkpoint, entry.export):
+        if path is None or path == entry.initial:
+            continue
+        records.append(verify_checkpoint(run_dir / path))
+        if path == entry.checkpoint and entry.weight_hash is not None:
+            _check_hash(run_dir / path, entry.weight_hash)
+    return records
+
+
+def _check_hash(path: Path, recorded: str) -> None:
+    reader = open_reader(path)
+    try:
+        found = weight_hash(reader)
+    finally:
+        reader.close()
+    if found != recorded:
+        raise UserError(
+            f"{path}: its weights are not those that {FILENAME} records; restore the checkpoint from a copy"
+        )

@@ -1,0 +1,165 @@
+"""What the commands print for people: rich tables on a terminal, plain aligned lines off it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from compt_megatron.chain.planner import MemberPlan, Plan
+from compt_megatron.observe.numbers import human, percent
+
+_PLAIN_WIDTH = 200  # off a terminal nobody's width is known: rows stay on one line
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)) -> None:
+    """A table on stdout; the columns `text` are aligned to the left, the others, numbers, to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    terminal = sys.stdout.isatty()
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index in text else "right", no_wrap=not terminal)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False, width=None if terminal else _PLAIN_WIDTH).print(table)
+
+
+def print_fields(fields: Sequence[tuple[str, str]]) -> None:
+    """Names and values, aligned; empty values are left out."""
+    shown = [(name, value) for name, value in fields if value]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        print(f"{name:<{width}}  {value}")
+
+
+def print_plan(plan: Plan) -> None:
+    """The costs of a plan, its sums against training each member alone, and its notes."""
+    relative = plan.samples_per_epoch is None
+    unit = "MACs per sample" if relative else "MACs"
+    headings = ("Link", "Model", "Parameters", "Epochs", "Steps", f"{unit}, train", "teacher", "total", "of alone",
+                "Layout", "Memory a rank*")  # fmt: skip
+    print_table(f"{plan.name} on {plan.world} rank{'s' if plan.world > 1 else ''}", headings,
+                [_plan_row(member) for member in (*plan.links, *plan.controls)], text=(0, 1, 9))  # fmt: skip
+    print()
+    print_fields(_plan_sums(plan, unit))
+    print("* estimated: model states as ZeRO shards them, activations roughly, nothing for fragmentation")
+    for note in plan.notes:
+        print(f"note: {note}")
+
+
+def _plan_row(member: MemberPlan) -> tuple[str, ...]:
+    layout = member.layout
+    return (
+        f"{member.name} (control)" if member.kind == "control" else member.name,
+        member.model,
+        human(member.parameters),
+        "-" if member.epochs is None else f"{member.epochs:g}",
+        human(member.steps),
+        human(member.macs["train"]),
+        human(member.macs["teacher"]),
+        human(member.macs["total"]),
+        percent(member.share),
+        f"{layout['precision']} ZeRO-{layout['zero']} batch {layout['batch_size']}"
+        + (f"/{layout['micro_batches']}" if layout["micro_batches"] > 1 else ""),
+        f"{human(member.memory.total)}B",
+    )
+
+
+def _plan_sums(plan: Plan, unit: str) -> list[tuple[str, str]]:
+    extra = sum(link.macs["extra"] for link in plan.links)
+    fields = [("chain", f"{human(plan.total_macs)} {unit}")]
+    if plan.alone_macs is not None and plan.speed_up is not None:
+        fields.append(("each alone", f"{human(plan.alone_macs)} {unit}, all for the samples of the base"))
+        fields.append(("family", f"{plan.speed_up:.2f} times cheaper as a chain"))
+        last = f"{percent(plan.last_share)} of training {plan.links[-1].name} alone"
+        fields.append(("whole chain", last))
+    if extra:
+        fields.append(("done again", f"{human(extra)} {unit}, forwards that save memory, not counted above"))
+    return fields
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    """What `inspect` found, without the list of tensors."""
+    model, train, certificate = found["model"], found.get("train") or {}, found.get("certificate")
+    fields = [
+        ("checkpoint", found["path"]),
+        ("format", found["format"]),
+        ("model", f"{model['name']} ({model['family']}, {model['parameters']:,} parameters, digest {model['digest']})"),
+        ("layout", _inline(found.get("layout"))),
+        ("created by", _inline(found.get("created_by"))),
+        ("trained", f"step {train['step']}, {train.get('samples', 0):,} samples" if "step" in train else ""),
+        ("grown", f"{certificate['operator']}, {_inline(certificate['tensors'])} tensors" if certificate else ""),
+        ("lineage", " -> ".join(str(parent.get("name")) for parent in found["lineage"])),
+        *(("note", note) for note in found["notes"]),
+    ]
+    print_fields(fields)
+    rows = [
+        (
+            prefix,
+            str(entry["tensors"]),
+            human(entry["elements"]),
+            f"{human(entry['bytes'])}B",
+            ", ".join(entry["dtypes"]),
+        )
+        for prefix, entry in found["summary"].items()
+    ]
+    print()
+    print_table("", ("Content", "Tensors", "Elements", "Size", "Type"), rows, text=(0, 4))
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {inner}" for key, inner in value.items())
+    return str(value) if value else ""
+
+
+def print_verification(records: list[dict[str, Any]]) -> None:
+    """One line a checkpoint: what was proved."""
+    for record in records:
+        parts = ["files and tensors as recorded"]
+        if record["growth"]:
+            parts.append(
+                f"{record['growth']['tensors']} tensors byte for byte as grown from {record['growth']['against']}"
+            )
+        if record["parity"]:
+            parts.append(
+                "features differ by " + ", ".join(f"{name} {value:.1e}" for name, value in record["parity"].items())
+            )
+        print(f"{record['path']}: {'; '.join(parts)}")
+        for note in record["notes"]:
+            print(f"  note: {note}")
+
+
+def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
+    """Accuracies and recalls, one row a data set."""
+    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
+    rows = [(name, *(_metric(metrics.get(metric)) for metric in names)) for name, metrics in results.items()]
+    print_table("", ("Data", *names), rows)
+
+
+def _metric(value: Any) -> str:
+    return percent(value) if isinstance(value, float) else human(value)
+
+
+def print_health(found: dict[str, Any], advice: list[str]) -> None:
+    """What `compt doctor` found, then what stands in the way."""
+    gpus = [f"{device['name']} ({human(device['memory'])}B, sm_{device['capability']})" for device in found["devices"]]
+    collectives = [f"{name} {version}" for name, version in found["collectives"].items()]
+    print_fields(
+        [
+            ("compt_megatron", found["compt_megatron"]),
+            ("python", f"{found['python']}, {found['system']}"),
+            *((name, version or "missing") for name, version in found["packages"].items()),
+            ("devices", "; ".join(gpus) or "none (CPU only)"),
+            ("cpus", f"{found['cpus']}, torch uses {found['threads']} threads"),
+            ("memory", f"{human(found['memory'])}B"),
+            ("collectives", ", ".join(collectives) or "none"),
+            ("disk", f"{human(found['disk']['free'])}B free at {found['disk']['path']}"),
+        ]
+    )
+    print()
+    for line in advice or ["nothing is missing"]:
+        print(f"- {line}")

@@ -1,0 +1,279 @@
+"""The `compt` command: one function per subcommand, which calls the Python function that does the work.
+
+Everything heavy is imported where it is used: `compt --help`, `plan`, `grow` and `inspect` need neither megatron-core
+nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compt_megatron import __version__
+from compt_megatron.cli_exit import guarded
+from compt_megatron.cli_parser import Parser, parse
+from compt_megatron.spec.table import ModelSpec
+
+Arguments = argparse.Namespace
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status (see `errors`)."""
+    return guarded(lambda: parse(build_parser(), argv))
+
+
+def train(args: Arguments) -> None:
+    from compt_megatron.recipe.load import load_recipe, resolved
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.print_recipe:
+        print(resolved(recipe), end="")
+        return
+    args.run_dir = args.run_dir or Path("runs") / recipe.name
+    from compt_megatron.chain.runner import run
+
+    run(recipe, args.run_dir, link=args.link, resume=args.resume)
+
+
+def plan(args: Arguments) -> None:
+    from compt_megatron.chain.planner import make_plan
+    from compt_megatron.chain.views import print_plan
+    from compt_megatron.recipe.load import load_recipe
+
+    made = make_plan(load_recipe(args.recipe, args.overrides), world=args.ranks)
+    _show(args, made.to_dict(), lambda _: print_plan(made))
+
+
+def grow(args: Arguments) -> None:
+    from compt_megatron.growth.api import Certificate, GrowthPlan
+    from compt_megatron.growth.api import grow as grow_checkpoint
+
+    made = grow_checkpoint(
+        args.src,
+        args.dst,
+        args.to,
+        source_spec=args.source_config,
+        operator=args.operator,
+        depth=args.depth,
+        axes=dict(args.axes) or None,
+        format=args.format,
+        dtype=args.dtype,
+        seed=args.seed,
+        allow_approximate=args.allow_approximate,
+        overwrite=args.overwrite,
+        dry_run=args.dry_run,
+        trust_pickle=args.trust_pickle,
+    )
+    if isinstance(made, GrowthPlan):
+        _show(args, made.to_dict(), lambda _: print(made.describe()))
+        return
+    assert isinstance(made, Certificate)
+    counts = {kind: list(made.tensors.values()).count(kind) for kind in dict.fromkeys(made.tensors.values())}
+    said = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    exact = "the same function" if made.exact else "not the same function"
+    grown = f"{made.target['name']} grown from {made.source['name']} by {made.operator!r}"
+    line = f"{args.dst}: {grown}, {exact} (tensors: {said})"
+    _show(args, made.to_dict(), lambda _: print(line))
+
+
+def convert(args: Arguments) -> None:
+    from compt_megatron.checkpoint.api import convert as convert_checkpoint
+    from compt_megatron.checkpoint.contract import dtype_of
+
+    left_out = convert_checkpoint(
+        args.src,
+        args.dst,
+        args.format,
+        spec=_spec(args),
+        dtype=dtype_of(args.dtype) if args.dtype else None,
+        overwrite=args.overwrite,
+        trust_pickle=args.trust_pickle,
+    )
+    print("\n".join([f"{args.dst}: written as {args.format}", *left_out]))
+
+
+def inspect(args: Arguments) -> None:
+    from compt_megatron.chain.views import print_inspection
+    from compt_megatron.checkpoint.api import inspect as inspect_checkpoint
+
+    _show(args, inspect_checkpoint(args.checkpoint, _spec(args)), print_inspection)
+
+
+def verify(args: Arguments) -> None:
+    from compt_megatron.chain.verify import verify as verify_checkpoints
+    from compt_megatron.chain.views import print_verification
+
+    _show(args, verify_checkpoints(args.checkpoint, args.against, _spec(args)), print_verification)
+
+
+def evaluate(args: Arguments) -> None:
+    from compt_megatron.chain.evaluation import evaluate_checkpoint
+    from compt_megatron.chain.views import print_evaluation
+    from compt_megatron.recipe.sections import EvaluateSettings
+
+    settings = EvaluateSettings(templates=args.template or ["{}"], batch_size=args.batch_size)
+    results = evaluate_checkpoint(args.checkpoint, args.data, spec=_spec(args), settings=settings)
+    _show(args, results, print_evaluation)
+
+
+def export(args: Arguments) -> None:
+    from compt_megatron.chain.export import export as export_checkpoint
+
+    left_out = export_checkpoint(args.checkpoint, args.dst, args.format, spec=_spec(args), overwrite=args.overwrite)
+    print("\n".join([f"{args.dst}: exported as {args.format}", *left_out]))
+
+
+def report(args: Arguments) -> None:
+    from compt_megatron.observe.report import write_report
+
+    print(write_report(args.run_dir, args.out))
+
+
+def emoji(args: Arguments) -> None:
+    from compt_megatron.data.emoji import build_emoji
+
+    built = build_emoji(args.dst, args.size, work_dir=args.work_dir)
+    print(f"{built.path}: " + ", ".join(f"{count} {split}" for split, count in built.samples.items()))
+
+
+def doctor(args: Arguments) -> None:
+    from compt_megatron.chain.doctor import advice, examine
+    from compt_megatron.chain.views import print_health
+
+    found = examine()
+    _show(args, found, lambda found: print_health(found, advice(found)))
+
+
+def _show(args: Arguments, value: Any, for_people: Any) -> None:
+    """One JSON document on stdout under --json, else what `for_people` prints."""
+    if args.json:
+        print(json.dumps(value, indent=1, default=str))
+    else:
+        for_people(value)
+
+
+def _spec(args: Arguments) -> ModelSpec | None:
+    """The parameter table of --from, None where it is not given."""
+    from compt_megatron.spec.families import load_spec
+
+    return load_spec(args.source_config) if args.source_config else None
+
+
+def build_parser() -> Parser:
+    """The whole command line. Option names avoid every prefix of torchrun's and deepspeed's own, which swallow them."""
+    parser = Parser(prog="compt", description="Train a family of models as a chain, each grown from the one before.")
+    parser.add_argument("--version", action="version", version=f"compt {__version__}")
+    commands = parser.add_commands()
+
+    command = commands.add("train", train, "train a chain, or go on with it", "compt train emoji links.0.epochs=4")
+    command.recipe()
+    command.add_argument("--link", metavar="NAME", help="train this link (or control) only")
+    command.add_argument(
+        "--resume", default="auto", metavar="auto|none|PATH", help="go on (default), start anew, or from a checkpoint"
+    )
+    command.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/<recipe name>)")
+    command.add_argument("--print-recipe", action="store_true", help="print the recipe with every default, and stop")
+    command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
+
+    command = commands.add("plan", plan, "cost, memory and layout of every link", "compt plan cc3m --ranks 8")
+    command.recipe()
+    command.add_argument("--ranks", type=int, default=1, metavar="N", help="processes to plan for (default: 1)")
+    command.json()
+
+    command = commands.add(
+        "grow", grow, "grow a checkpoint into a larger model", "compt grow small.pt large.pt --to ViT-B-16"
+    )
+    command.add_argument("src", metavar="SRC", help="the checkpoint to grow")
+    command.add_argument("dst", metavar="DST", help="where the result goes: a folder, or one .pt or .safetensors file")
+    command.add_argument("--to", required=True, metavar="MODEL_CONFIG", help="the larger model")
+    command.add_argument(
+        "--operator", choices=("exact", "corner", "reference"), default="exact", help="how (default: exact)"
+    )
+    command.add_argument(
+        "--depth", metavar="MODE", help="where new layers come from: identity, interleave, stack, middle"
+    )
+    command.add_argument(
+        "--set", dest="axes", action="append", default=[], type=_axis, metavar="AXIS=MODE", help="the mode of one axis"
+    )
+    command.source_config()
+    command.trust_pickle()
+    command.add_argument(
+        "--format", metavar="F", help="of the result: megatron or open_clip (default: the source's own)"
+    )
+    command.dtype()
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of everything new (default: 0)")
+    command.add_argument(
+        "--allow-approximate", action="store_true", help="record what cannot be exact, do not refuse it"
+    )
+    command.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    command.overwrite()
+    command.json()
+
+    command = commands.add(
+        "convert", convert, "write a checkpoint in another format", "compt convert in out --format open_clip"
+    )
+    command.add_argument("src", metavar="SRC", help="the checkpoint")
+    command.add_argument("dst", metavar="DST", help="where the result goes")
+    command.add_argument("--format", required=True, metavar="F", help="megatron or open_clip")
+    command.source_config()
+    command.trust_pickle()
+    command.dtype()
+    command.overwrite()
+
+    command = commands.add("inspect", inspect, "what a checkpoint holds", "compt inspect runs/demo/s/export")
+    command.checkpoint()
+    command.json()
+
+    command = commands.add("verify", verify, "check a checkpoint, or all of a run", "compt verify runs/demo")
+    command.checkpoint("a checkpoint, or a run folder")
+    command.add_argument("--against", metavar="SRC", help="the checkpoint that it was grown from")
+    command.json()
+
+    command = commands.add(
+        "eval",
+        evaluate,
+        "zero-shot accuracy and retrieval",
+        "compt eval runs/demo/s/export --data emoji/held_out_artist",
+    )
+    command.checkpoint()
+    command.add_argument("--data", required=True, action="append", metavar="DATA", help="a data set; may be repeated")
+    command.add_argument(
+        "--template", action="append", metavar="TEXT", help="a prompt with {} for the class; may be repeated"
+    )
+    command.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
+    command.json()
+
+    command = commands.add(
+        "export",
+        export,
+        "write a model for other people's tools",
+        "compt export runs/demo/s/export clip.pt --format open_clip",
+    )
+    command.checkpoint()
+    command.add_argument("dst", metavar="DST", help="where the result goes")
+    command.add_argument("--format", default="open_clip", metavar="F", help="open_clip (default)")
+    command.overwrite()
+
+    command = commands.add("report", report, "pictures and tables of a run", "compt report runs/demo")
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run folder")
+    command.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
+
+    command = commands.add("data", emoji, "build a data set", "compt data emoji my-emoji --size 64")
+    command.add_argument("set", choices=("emoji",), help="the data set")
+    command.add_argument("dst", type=Path, metavar="DST", help="a new folder")
+    command.add_argument("--size", type=int, default=32, metavar="N", help="pixels of a side (default: 32)")
+    command.add_argument("--work-dir", type=Path, metavar="DIR", help="keeps the downloaded packages")
+
+    command = commands.add("doctor", doctor, "what this machine has, what is missing for what", "compt doctor")
+    command.json()
+    return parser
+
+
+def _axis(text: str) -> tuple[str, str]:
+    axis, equals, mode = text.partition("=")
+    if not (axis and equals and mode):
+        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=MODE, such as mlp=append")
+    return axis, mode

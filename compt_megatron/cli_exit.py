@@ -1,0 +1,82 @@
+"""How `compt` ends: exit status, one line for a user's mistake, `status.json` where a launcher hides the status."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from compt_megatron.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER_ERROR, StopRequested, UserError
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # what the system, not a bug, refuses
+_WAIT_FOR_MAIN_S = 1.0
+
+
+def guarded(parse: Callable[[], argparse.Namespace]) -> int:
+    """Parse and run a command; its exit status. Only a bug shows a traceback (a mistake does under --debug)."""
+    started, args = time.time(), argparse.Namespace()
+    try:
+        args = parse()
+        args.command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = _judge(error)
+        if (code == EXIT_FAILED and not isinstance(error, KeyboardInterrupt)) or getattr(args, "debug", False):
+            traceback.print_exception(error)
+        _tell(args, code, message, started)
+        return code
+    _tell(args, EXIT_DONE, "", started)
+    return EXIT_DONE
+
+
+def _judge(error: BaseException) -> tuple[int, str]:
+    """The exit status of an error, and the line that says it."""
+    line = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return EXIT_USER_ERROR, line
+    if isinstance(error, StopRequested):
+        return EXIT_RESUMABLE, line or "stopped on request; start it again to go on"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_FAILED, "interrupted"
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return EXIT_USER_ERROR, f"{error.filename or 'disk'}: {error.strerror}; choose a place that can be written"
+    return EXIT_FAILED, f"{type(error).__name__}: {line}"
+
+
+def _tell(args: argparse.Namespace, code: int, message: str, started: float) -> None:
+    """The line on stderr, from rank 0 alone (another rank speaks if rank 0 does not end), and `status.json`."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    folder = _run_folder(args)
+    if rank and folder is not None and code != EXIT_DONE:
+        from compt_megatron.chain.status import reported_since
+
+        if reported_since(folder, started, _WAIT_FOR_MAIN_S):
+            return
+    elif rank:
+        return
+    if code in (EXIT_USER_ERROR, EXIT_RESUMABLE) or message == "interrupted":
+        print(message if message.startswith("compt") else f"compt: {message}", file=sys.stderr)
+    if folder is not None and (launched or folder.is_dir()):
+        from compt_megatron.chain.status import write_status
+
+        try:
+            write_status(folder, code, message)
+        except OSError as error:
+            print(f"compt: {folder}: no status.json ({error.strerror})", file=sys.stderr)
+
+
+def _run_folder(args: argparse.Namespace) -> Path | None:
+    """The run folder of `compt train`; None for other commands."""
+    if getattr(args, "name", None) != "train" or args.print_recipe:
+        return None
+    folder: Path = args.run_dir or Path("runs") / Path(args.recipe).stem
+    return folder
