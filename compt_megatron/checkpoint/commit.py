@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +58,30 @@ class HashedFile:
         self._file = open(path, "xb")  # noqa: SIM115 - finish() or close() closes it
         self._hash = xxhash.xxh3_64()
         self._path, self.name, self.size = path, path.name, 0
+        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
-        with no_room(self._path):
-            count = self._file.write(data)
-        self.size += count
+        self.size += (count := memoryview(data).nbytes)
+        try:
+            if self._error is None:
+                self._file.write(data)
+        except OSError as error:  # kept for flush and finish: it must not travel through torch's C++ writer
+            self._error = error
         return count
 
     def tell(self) -> int:
         return self.size
 
     def flush(self) -> None:
-        self._file.flush()
+        """Report an error that a write met. Bytes reach the disk in `finish`, not after every archive."""
+        with no_room(self._path):
+            if self._error is not None:
+                raise self._error
 
     def finish(self) -> tuple[str, str, int]:
         """Make it durable; returns its name, hash and size in bytes."""
+        self.flush()
         with no_room(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -81,7 +89,9 @@ class HashedFile:
         return self.name, self._hash.hexdigest(), self.size
 
     def close(self) -> None:
-        self._file.close()
+        """Give up the file: what is still in its buffer may not fit on the disk either."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def file_hash(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,10 +33,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class Reader(Protocol):
@@ -145,6 +143,37 @@ def slabs(info: TensorInfo, limit: int) -> Iterator[Region]:
     for start in range(0, info.shape[0], rows):
         first = slice(start, min(start + rows, info.shape[0]))
         yield (first, *(slice(0, size) for size in info.shape[1:]))
+
+
+def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Region, slice]]:
+    """Cut elements [start, stop) of a flattened tensor into boxes of the tensor, as ZeRO's flat partitions need.
+
+    Yields each box and where its elements lie within the range; a matrix gives at most three boxes.
+    """
+    assert 0 <= start <= stop <= prod(shape), f"elements {start} to {stop} of shape {shape}"
+    yield from _flat_boxes(shape, start, stop, 0)
+
+
+def _flat_boxes(shape: tuple[int, ...], start: int, stop: int, at: int) -> Iterator[tuple[Region, slice]]:
+    if stop <= start:
+        return
+    if not shape:
+        yield (), slice(at, at + 1)
+        return
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if first > last:  # inside one row
+        parts = _flat_boxes(shape[1:], start - last * row, stop - last * row, at)
+        yield from (((slice(last, last + 1), *box), flat) for box, flat in parts)
+        return
+    for box, flat in _flat_boxes(shape[1:], row - (first * row - start), row if first * row > start else 0, at):
+        yield (slice(first - 1, first), *box), flat
+    at += first * row - start
+    if last > first:
+        yield (slice(first, last), *whole(shape[1:])), slice(at, at + (last - first) * row)
+        at += (last - first) * row
+    for box, flat in _flat_boxes(shape[1:], 0, stop - last * row, at):
+        yield (slice(last, last + 1), *box), flat
 
 
 def dtype_name(dtype: torch.dtype) -> str:
