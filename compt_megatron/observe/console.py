@@ -99,10 +99,13 @@ class Console:
             return
         self.end_link()
         family = family_of(ledger)
-        drawn = Table(box=box.SIMPLE_HEAD, title=family.name, title_justify="left")
-        for index, heading in enumerate(summary.headings(family)):
-            drawn.add_column(heading, justify="right" if index else "left", overflow="fold")
-        for row in summary.rows(family):
+        rows = summary.rows(family)
+        drawn = Table(box=box.SIMPLE_HEAD, title=family.name, title_justify="left", show_edge=False)
+        drawn.padding = (0, 1 if self._rich.width >= 100 else 0, 0, 0)
+        for index, heading in enumerate(_short(heading) for heading in summary.headings(family)):
+            texts = [*(row.cells[index] for row in rows), *heading.split()]  # a heading may wrap, a number may not
+            drawn.add_column(heading, justify="right" if index else "left", width=max(map(len, texts)))
+        for row in rows:
             drawn.add_row(*row.cells, style="italic" if row.control else None)
         self._rich.print(drawn)
         self.message(judge(family).words)
@@ -114,6 +117,17 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end_link()
+
+
+def _short(heading: str) -> str:
+    """A heading of the table that can wrap at blanks: "held out artist, % top-1/5"."""
+    name, comma, metrics = heading.partition(", % ")
+    return (
+        (name.rsplit("/", 1)[-1] + comma + metrics)
+        .replace("_", " ")
+        .replace("Speed-up", "Speed up")
+        .replace("top-1 / top-5", "top-1/5")
+    )
 
 
 def log_line(

@@ -115,8 +115,8 @@ def leading_metric(values: Mapping[str, float]) -> str | None:
 def parity_of(certificate: Mapping[str, Any]) -> float | None:
     """The largest measured relative difference of features that a certificate records; None where none was measured.
 
-    The record is a number, or a mapping with a number for each tower ("image", "text", "vision") or under names with
-    "relative" in them; its other fields (row counts, tolerances) are not differences.
+    The record is a number, or a mapping with a number for each of "image", "text", "vision", "logits" or under names
+    with "relative" in them; its other fields (row counts, tolerances) are not differences.
     """
     found: list[float] = []
 
@@ -124,7 +124,7 @@ def parity_of(certificate: Mapping[str, Any]) -> float | None:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 name = str(key)
-                difference = "relative" in name or name in ("image", "text", "vision")
+                difference = "relative" in name or name in ("image", "text", "vision", "logits")
                 collect(inner, difference and "tolerance" not in name)
         elif named and (number := _number(value)) is not None:
             found.append(number)
@@ -151,7 +151,7 @@ def family_of(ledger: Mapping[str, Any], run_dir: Path | None = None) -> Family:
     for index, raw in enumerate(raw_links):
         name = _name(raw, f"link {index}")
         parent = _parent(raw, links)
-        before = _before(by_name, parent)
+        before = _before(raw, by_name, parent)
         member = _member(raw, name, False, None, parent, before, run_dir)
         member.alone_ratio = _alone_ratio(member, links[0] if links else member)
         links.append(member)
@@ -180,16 +180,19 @@ def _parent(raw: Mapping[str, Any], earlier: Sequence[Member]) -> str | None:
     return str(named) if named in {link.name for link in earlier} else earlier[-1].name
 
 
-def _before(by_name: Mapping[str, Member], parent: str | None) -> float | None:
-    """MACs spent before a link starts; None where a predecessor's are not known."""
+def _before(raw: Mapping[str, Any], by_name: Mapping[str, Member], parent: str | None) -> float | None:
+    """MACs spent before a link starts, as it recorded them or by its predecessors; None where those are not known."""
+    if (recorded := _number(raw.get("chain_macs_before"))) is not None and raw.get("macs"):
+        return recorded
     return by_name[parent].macs_cumulative if parent else 0.0
 
 
 def _controlled(raw: Mapping[str, Any], links: Sequence[Member]) -> str | None:
-    """The link a control stands beside: the one it names, else the last one of its model."""
+    """The link a control stands beside: the one it names, by field or in its own name, else the last of its model."""
     names = {link.name for link in links}
-    if raw.get("link") in names:
-        return str(raw["link"])
+    for named in (raw.get("link"), str(raw.get("name")).removesuffix("-alone")):
+        if named in names:
+            return str(named)
     same = [link.name for link in links if link.model == raw.get("model")]
     return same[-1] if same else None
 
@@ -216,7 +219,7 @@ def _member(
         link=link,
         parent=parent,
         state=str(raw.get("state") or "pending"),
-        parameters=_number(raw.get("parameters")),
+        parameters=_number(raw.get("parameters")) or None,  # 0: not known yet
         steps=_number(raw.get("steps")),
         samples=_number(raw.get("samples")),
         macs_train=train,
@@ -225,7 +228,7 @@ def _member(
         macs_cumulative=None if before is None or total is None else before + total,
         wall_s=_number(raw.get("wall_s")),
         final_loss=_number(raw.get("final_loss")),
-        align_at_step0=_number(raw.get("align_at_step0")),
+        align_at_step0=_total(raw.get("align_at_step0")),
         alone_ratio=None,
         certificate=certificate if isinstance(certificate, dict) else None,
         evaluation=_evaluation(raw.get("evaluation")),
@@ -273,9 +276,19 @@ def _evaluation(raw: Any) -> Evaluation:
 
 def _alone_ratio(member: Member, base: Member) -> float | None:
     """How much dearer the ordinary way is: this model trained alone for as many samples as the base was."""
+    if not (member.done and base.done):
+        return None
     if not (member.samples and base.samples and member.macs_train and member.macs_total):
         return None
     return member.macs_train / member.samples * base.samples / member.macs_total
+
+
+def _total(value: Any) -> float | None:
+    """A number, or the sum of a mapping's numbers (one a tower)."""
+    if not isinstance(value, Mapping):
+        return _number(value)
+    known = [number for inner in value.values() if (number := _number(inner)) is not None]
+    return sum(known) if known else None
 
 
 def _number(value: Any) -> float | None:

@@ -126,11 +126,10 @@ def _measured(family: Family) -> str:
 
 
 def _reproduce(family: Family, recipe: str | None, command: str) -> str:
-    environment = family.ledger.get("environment") or family.ledger.get("versions")
-    facts = {
-        "recipe hash": family.ledger.get("recipe_hash"),
-        **(environment if isinstance(environment, Mapping) else {}),
-    }
+    ledger = family.ledger
+    facts: dict[str, Any] = {"recipe hash": ledger.get("recipe_hash") or ledger.get("recipe_digest")}
+    for group in ("environment", "versions", "machine"):
+        facts |= ledger[group] if isinstance(ledger.get(group), dict) else {}
     items = "".join(
         f"<dt>{escape(str(name))}</dt><dd>{escape(_plain(value))}</dd>"
         for name, value in facts.items()

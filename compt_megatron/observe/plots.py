@@ -75,9 +75,10 @@ def draw_losses(family: Family, metrics: Metrics, palette: Palette, shape: Shape
         steps, parts = columns.get("step", []), [name for name in columns if name.startswith("loss/")]
         aligned = [name for name in parts if name.startswith("loss/align")]
         others = [name for name in parts if name not in aligned]
+        towers = [name for name in aligned if name != "loss/align"]  # "loss/align" is their weighted sum
         task_name = others[0] if len(others) == 1 else "loss"
         task.append(_logged_curve(member, steps, columns.get(task_name), member.name))
-        for name in aligned:
+        for name in towers or aligned:
             of = name.removeprefix("loss/align").strip("/_-. ")
             align.append(_logged_curve(member, steps, columns.get(name), f"{member.name} {of}".strip()))
     panels = [("task loss", _present(task)), ("alignment loss", _present(align))]

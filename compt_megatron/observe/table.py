@@ -12,7 +12,7 @@ from compt_megatron.observe.family import Family, Member
 
 # key, heading, what it is
 COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("parameters", "Parameters", "of the whole model"),
+    ("parameters", "Params", "parameters of the whole model"),
     ("samples", "Samples", "seen in training, this model alone"),
     ("macs_total", "MACs", "spent on this model: training and teacher"),
     ("macs_cumulative", "MACs so far", "with all of its predecessors"),
@@ -107,4 +107,4 @@ def _score_cell(family: Family, member: Member, eval_set: str) -> str:
     if not any(metric in values for metric in pair):
         return numbers.UNKNOWN
     texts = (f"{100 * values[metric]:.1f}" if metric in values else numbers.UNKNOWN for metric in pair)
-    return " / ".join(texts)
+    return "/".join(texts)

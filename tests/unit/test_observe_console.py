@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
+import pytest
 from observe_sample import write_run
 
 from compt_megatron.observe.console import Console, log_line
@@ -77,10 +79,20 @@ def test_the_table_ends_in_the_verdict(tmp_path: Path) -> None:
         Console(True, 3, stream).table(json.loads((write_run(tmp_path, control=control) / "chain.json").read_text()))
         table = [line for line in stream.getvalue().splitlines() if line.strip()]
         rows = {line.split()[0]: line for line in table}
-        assert "14.2 / 29.8" in rows["small"]
+        assert "14.2/29.8" in rows["small"]
         assert "7.8 T" in rows["large"]
-        assert f"{100 * control:.1f} /" in rows["large-alone"]
+        assert f"{100 * control:.1f}/" in rows["large-alone"]
         assert table[-1].startswith(words)
+
+
+def test_the_table_fits_eighty_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = (write_run(tmp_path) / "chain.json").read_text().replace('"held_out_artist"', '"emoji/held_out_artist"')
+    stream = Terminal()
+    Console(True, 3, stream).table(json.loads(text))
+    table = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines() if "The chain" not in line]
+    assert max(map(len, table)) <= 80
+    assert [line.split()[-1] for line in table if line.startswith("large")] == ["9.0/22.6", "6.8/17.1"]
 
 
 def test_parity_is_a_difference_not_a_count() -> None:

@@ -175,6 +175,25 @@ def test_no_run_folder_is_one_line(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chain.json"]
 
 
+def test_what_the_runner_records_reads_too(tmp_path: Path) -> None:
+    """A control that names its link only in its own name, alignment by tower, zero for what is not known yet."""
+    run = write_run(tmp_path)
+    ledger = json.loads((run / "chain.json").read_text())
+    for link in ledger["links"]:
+        link["model"] = "clip-emoji"
+    del ledger["controls"][0]["link"]
+    ledger["controls"][0] |= {"model": "clip-emoji", "name": "medium-alone"}
+    ledger["links"][1] |= {"align_at_step0": {"image": 1e-13, "text": 2e-13}, "chain_macs_before": 5.0}
+    ledger["links"][2] |= {"align_at_step0": {}, "parameters": 0, "state": "training"}
+    family = family_of(ledger)
+    assert family.controls[0].link == "medium"
+    assert family.links[1].align_at_step0 == pytest.approx(3e-13)
+    assert family.links[1].macs_cumulative == 5.0 + (family.links[1].macs_total or 0)
+    assert family.links[2].align_at_step0 is None
+    assert family.links[2].parameters is None
+    assert family.links[2].alone_ratio is None, "an unfinished link has no speed-up"
+
+
 def test_labels_move_apart_and_no_further() -> None:
     assert apart([10, 50, 90], 12, 0, 100) == [10, 50, 90]
     places = apart([50, 51, 99, 98], 12, 0, 100)
