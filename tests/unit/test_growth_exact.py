@@ -1,4 +1,4 @@
-"""Operator `exact` keeps the function of real open_clip models, for every width ratio, depth and option; `corner` not."""
+"""Operator `exact` keeps the function of open_clip models, for every width ratio, depth and option; `corner` not."""
 
 from __future__ import annotations
 
@@ -131,7 +131,10 @@ def test_joint_embedding_by_another_ratio_is_approximate() -> None:
     with pytest.raises(UserError, match="allow-approximate"):
         plan(make_spec(small), make_spec(large))
     made = plan(make_spec(small), make_spec(large), allow_approximate=True)
-    assert {name for name, each in made.tensors.items() if each.exactness != "exact"} == {"visual.proj", "text_projection"}
+    assert {name for name, each in made.tensors.items() if each.exactness != "exact"} == {
+        "visual.proj",
+        "text_projection",
+    }
     model = perturbed(small)
     old, new = features(model), features(grown_model(made, model))
     for tower in old:
