@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
 
-from compt_megatron import __version__
 from compt_megatron.errors import UserError
 from compt_megatron.growth.operators import plan as make_plan
 from compt_megatron.growth.plan import Exactness, GrowthPlan
@@ -97,10 +97,17 @@ def certify(plan: GrowthPlan, source_hash: str, source_path: str, dtype: str | N
         },
         target={"name": plan.target.name, "digest": plan.target.digest},
         versions={
-            "compt_megatron": __version__,
+            "compt_megatron": _own_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
         tensors={name: tensor.exactness for name, tensor in plan.tensors.items()},
     )
+
+
+def _own_version() -> str:
+    try:
+        return version("compt_megatron")
+    except PackageNotFoundError:  # a source tree that was not installed
+        return "source"

@@ -30,8 +30,8 @@ class MeanPad:
     stream times 1 / kappa, so that a small one trains badly. As |wᵀ x̂| <= std(gamma), the choice
     kappa = 0.01 sqrt(n / (m - n)) / std(gamma), at most 0.2, bounds the error alike for every model and ratio.
 
-    Source: LEMON (arXiv 2310.07999) pads with averages; the factor c that lets eps stay, and the `ln_pre` rule, are this
-    project's (docs/growth.md).
+    Source: LEMON (arXiv 2310.07999) pads with averages; the factor c that lets eps stay, and the `ln_pre` rule, are
+    this project's (docs/growth.md).
     """
 
     name = "mean_pad"
