@@ -16,7 +16,7 @@ from compt_megatron.spec.table import ModelSpec
 def check_recipe(recipe: Recipe, world: int = 1, *, data: bool = True) -> None:
     """Raise UserError, naming the recipe's field, for the first thing that could not work on `world` ranks.
 
-    `data`: whether the training and evaluation sources must be on this machine.
+    `data`: whether the sources and what prepares their samples (open_clip) must be on this machine.
     """
     links = link_members(recipe, None)
     controls = control_members(recipe, links)
@@ -29,6 +29,7 @@ def check_recipe(recipe: Recipe, world: int = 1, *, data: bool = True) -> None:
                 _check_connection(member, links[index - 1].spec, where)
             if data:
                 check_sources(member, where)
+                _check_preparation(member, where)
 
 
 def check_layout(member: Member, world: int, where: str) -> None:
@@ -130,6 +131,19 @@ def check_sources(member: Member, where: str) -> None:
     for field, sources in (("data.train", train), ("data.eval", data.eval)):
         for source in sources:
             _check_source(source, f"{where}: {field}")
+
+
+def _check_preparation(member: Member, where: str) -> None:
+    """Whether open_clip takes the augmentation and has the tokenizer's vocabulary."""
+    from compt_megatron.data.tokenizer import build_tokenizer
+    from compt_megatron.data.transforms import train_transform
+
+    try:
+        train_transform(member.spec.config, dict(member.settings.data.augment))
+        if "text" in member.spec.towers:
+            build_tokenizer(member.spec.config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _check_source(source: str, where: str) -> None:

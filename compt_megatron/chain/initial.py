@@ -9,9 +9,12 @@ from compt_megatron.chain.member import Member
 from compt_megatron.checkpoint.api import convert
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.errors import UserError
+from compt_megatron.evaluate.parity import parity
 from compt_megatron.growth.api import grow
 from compt_megatron.growth.certificate import Certificate
 from compt_megatron.growth.fresh import write_fresh
+
+_PARITY_LIMIT = 10**9  # parameters of a model that is grown and measured on one CPU in reasonable time
 
 
 def write_initial(member: Member, parent_checkpoint: Path | None, target: Path) -> dict[str, Any] | None:
@@ -42,7 +45,19 @@ def write_initial(member: Member, parent_checkpoint: Path | None, target: Path) 
         overwrite=True,
     )
     assert isinstance(certificate, Certificate), "a dry run makes no certificate"
+    if member.spec.numel <= _PARITY_LIMIT:
+        certificate = certificate.with_parity(_measured(parent_checkpoint, target))
     return certificate.to_dict()
+
+
+def _measured(before: Path, after: Path) -> dict[str, float]:
+    """How far the grown model's features are from its predecessor's, through open_clip's own models."""
+    old, new = open_reader(before), open_reader(after)
+    try:
+        return parity(old, new)
+    finally:
+        old.close()
+        new.close()
 
 
 def _check_model(member: Member) -> None:

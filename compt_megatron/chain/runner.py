@@ -29,6 +29,7 @@ from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.engine.runtime import Runtime
 from compt_megatron.errors import UserError
+from compt_megatron.observe import numbers
 from compt_megatron.observe.console import Console
 from compt_megatron.observe.metrics import RunLog
 from compt_megatron.recipe.load import resolved
@@ -99,7 +100,7 @@ class _Chain:
                     )
             known = Ledger(self.recipe.name, "recipe.yaml", self.recipe.digest)
         self._match(known)
-        known.command = shlex.join(["compt", *sys.argv[1:]])
+        known.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         known.versions = _versions()
         known.machine = {"cpus": torch.get_num_threads(), "device": str(self.runtime.device), "world": self.runtime.world}
         known.save(self.run_dir)
@@ -171,11 +172,13 @@ class _Chain:
 
     def _start(self, member: Member, entry: Entry, parent: Path | None) -> None:
         target = self.run_dir / member.name / "initial"
-        how = f"grown from {member.parent} by {member.grow.operator!r}" if member.grow else member.init or "fresh weights"
-        self.console.message(f"{member.name}: {entry.parameters / 1e6:.2f} M parameters, {how}")
         with self.runtime.main_first():
             if self.runtime.is_main:
                 entry.certificate = write_initial(member, parent, target)
+        if entry.certificate is not None:
+            self.console.grow(member.name, member.parent or "", entry.certificate)
+        else:
+            self.console.message(f"{member.name}: {numbers.human(entry.parameters)} parameters, {member.init or 'fresh weights'}")
         entry.initial, entry.state = str(target.relative_to(self.run_dir)), "started"
         self._save_ledger()
 
@@ -212,6 +215,7 @@ class _Chain:
                 target = self.run_dir / member.name / "export"
                 export(checkpoint, target, "open_clip", overwrite=True)
                 entry.export = str(target.relative_to(self.run_dir))
+                self.console.export(member.name, target)
         entry.state = "done"
         self._save_ledger()
 

@@ -23,12 +23,12 @@ from compt_megatron.engine.zero_config import deepspeed_config
 from compt_megatron.engine.zero_state import ZeroState
 from compt_megatron.errors import UserError
 from compt_megatron.models.build import build_model
+from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.state import module_to_canonical
 from compt_megatron.objectives.base import Objective
 from compt_megatron.recipe.schema import Settings
 from compt_megatron.spec.table import ModelSpec
 
-_MAX_LOGIT_SCALE = math.log(100.0)  # CLIP, Radford et al. 2021, section 2.5
 _MAX_SKIPPED_IN_A_ROW = 20
 
 
@@ -174,7 +174,7 @@ class DeepSpeedEngine:
     def _clamp_logit_scale(self) -> None:
         scale = self._student.model.logit_scale
         if scale is not None:
-            self._state.clamp(scale, _MAX_LOGIT_SCALE)
+            self._state.clamp(scale, 0.0, MAX_LOG_SCALE)
 
     def _finish(self, totals: dict[str, float], batch: Batch, grad_norm: float, skipped: bool) -> StepResult:
         rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)

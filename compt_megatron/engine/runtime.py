@@ -38,7 +38,7 @@ class Runtime:
         """
         _adopt_slurm()
         given = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
-        if given and len(given) < 4 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not dist.is_initialized() and len(given) < 4 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(f"environment: {', '.join(given)} set, but not all four of RANK, WORLD_SIZE, MASTER_ADDR, "
                             "MASTER_PORT; start through torchrun, deepspeed or launchers/")  # fmt: skip
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -111,15 +111,15 @@ class ZeroState:
                 state["step"] = torch.full_like(state["step"], float(value))
 
     @torch.no_grad()
-    def clamp(self, param: torch.nn.Parameter, maximum: float) -> None:
-        """Clamp a parameter and its master from above, without communication."""
+    def clamp(self, param: torch.nn.Parameter, low: float, high: float) -> None:
+        """Clamp a parameter and its master to [low, high], without communication."""
         if param.data.numel():
-            param.data.clamp_(max=maximum)
+            param.data.clamp_(low, high)
         if self._sharded:
-            param.ds_tensor.data.clamp_(max=maximum)  # type: ignore[attr-defined]
-            self._optimizer._get_fp32_opt_state_partition(param, release_swap_buffers=False)[0].clamp_(max=maximum)
+            param.ds_tensor.data.clamp_(low, high)  # type: ignore[attr-defined]
+            self._optimizer._get_fp32_opt_state_partition(param, release_swap_buffers=False)[0].clamp_(low, high)
         elif hasattr(param, "_hp_mapping"):
             if param._hp_mapping is not None:
-                param._hp_mapping.get_hp_fragment().clamp_(max=maximum)  # type: ignore[union-attr]
+                param._hp_mapping.get_hp_fragment().clamp_(low, high)  # type: ignore[union-attr]
         elif id(param) in self._copies:
-            self._copies[id(param)].data.clamp_(max=maximum)
+            self._copies[id(param)].data.clamp_(low, high)

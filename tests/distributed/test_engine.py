@@ -1,0 +1,259 @@
+"""The DeepSpeed engine against a plain PyTorch step on open_clip's own model: losses, gradients, weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import cos, pi
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compt_megatron.data.batch import Batch
+from compt_megatron.spec.families import spec_from_config
+from compt_megatron.spec.open_clip_names import open_clip_place, open_clip_shapes
+from compt_megatron.spec.random import initial
+from compt_megatron.spec.table import ModelSpec
+from tests.distributed.spawn import run_ranks
+
+CONFIG: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2},
+}
+TEACHER = {**CONFIG, "embed_dim": 12}
+ROWS, CAPTIONS, STEPS, LR, DECAY, BETAS, EPS = 16, 2, 3, 1e-2, 0.1, (0.9, 0.98), 1e-6
+Case = tuple[int, int]  # ZeRO stage, micro-batches
+
+
+def whole_batch(step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(ROWS, 3, 16, 16, generator=generator)
+    texts = torch.randint(1, 64, (ROWS, CAPTIONS, 8), generator=generator)
+    return Batch(images, texts, None, [str(row) for row in range(ROWS)], step)
+
+
+def rank_batch(step: int, rank: int, world: int) -> Batch:
+    return whole_batch(step).split(world)[rank]
+
+
+def start_weights(spec: ModelSpec, seed: int = 3) -> dict[str, torch.Tensor]:
+    return {name: initial(param, seed) for name, param in spec.params.items()}
+
+
+def make_engine(runtime: Any, case: Case, precision: str = "fp32", aligned: bool = False, **optimizer: Any) -> Any:
+    from compt_megatron.align.alignment import Alignment
+    from compt_megatron.align.projection import Projections
+    from compt_megatron.align.teacher import Teacher
+    from compt_megatron.engine.deepspeed import DeepSpeedEngine
+    from compt_megatron.models.build import build_model
+    from compt_megatron.models.state import load_canonical
+    from compt_megatron.objectives.registry import build_objective
+    from compt_megatron.recipe.load import recipe_from
+
+    zero, micro_batches = case
+    values = {
+        "name": "test",
+        "precision": precision,
+        "data": {"train": "emoji/train", "batch_size": ROWS, "captions": CAPTIONS},
+        "optimizer": {"lr": LR, "weight_decay": DECAY, "betas": list(BETAS), "eps": EPS, **optimizer},
+        "parallel": {"zero": zero, "micro_batches": micro_batches},
+        "links": [{"model": "ViT-B-32", "steps": 100}],
+    }
+    settings = recipe_from(values).link_settings(0)
+    spec = spec_from_config(CONFIG, "tiny")
+    teacher = alignment = projections = None
+    if aligned:
+        teacher_spec = spec_from_config(TEACHER, "teacher")
+        model = build_model(teacher_spec)
+        weights = start_weights(teacher_spec, 7)
+        load_canonical(model, teacher_spec, weights.__getitem__)
+        teacher, alignment = Teacher(model, teacher_spec), Alignment(weight=0.7)
+        projections = Projections.between(spec, teacher_spec, seed=0)
+    return DeepSpeedEngine(
+        spec, settings, build_objective("clip"), runtime, total_steps=100,
+        teacher=teacher, alignment=alignment, projections=projections,
+    )  # fmt: skip
+
+
+def write_start(path: Path) -> Path:
+    from compt_megatron.growth.fresh import write_fresh
+
+    return write_fresh(spec_from_config(CONFIG, "tiny"), path, seed=3)
+
+
+def state_of(engine: Any) -> dict[str, torch.Tensor]:
+    """Full masters and first moments by the student's parameter names. Collective."""
+    state = {}
+    for name, param in engine._student.named_parameters():
+        state[name] = engine._state.master(param).clone()
+        state[f"exp_avg/{name}"] = engine._state.moment(param, "exp_avg").clone()
+        state[f"exp_avg_sq/{name}"] = engine._state.moment(param, "exp_avg_sq").clone()
+    return state
+
+
+def train(rank: int, world: int, start: str, cases: list[Case], precision: str, aligned: bool) -> dict[Case, Any]:
+    """One engine after another: losses of STEPS steps, the state after the first and after the last."""
+    from compt_megatron.engine.runtime import Runtime
+
+    runtime = Runtime.start()
+    found = {}
+    for case in cases:
+        engine = make_engine(runtime, case, precision, aligned)
+        engine.load(Path(start))
+        losses, norms, first = [], [], {}
+        for step in range(STEPS):
+            result = engine.step(rank_batch(step, rank, world))
+            losses.append(result.loss)
+            norms.append(result.grad_norm)
+            if step == 0:
+                first = state_of(engine)
+        found[case] = (losses, norms, first, state_of(engine))
+        engine.close()
+    return found
+
+
+# -- the oracle ------------------------------------------------------------------------------------------------------
+
+
+def open_clip_model(config: dict[str, Any], seed: int) -> torch.nn.Module:
+    from compt_megatron.torchvision_mend import ensure_torchvision
+
+    ensure_torchvision()
+    import open_clip
+
+    spec = spec_from_config(config, "oracle")
+    state = {key: torch.zeros(shape) for key, shape in open_clip_shapes(spec).items()}
+    for name, value in start_weights(spec, seed).items():
+        place = open_clip_place(spec, name)
+        if place.rows is None:
+            state[place.key] = value
+        else:
+            state[place.key][place.start : place.start + place.rows] = value
+    model = open_clip.CLIP(**config)
+    model.load_state_dict(state)
+    return model
+
+
+def oracle_loss(model: torch.nn.Module, batch: Batch, teacher: torch.nn.Module | None, maps: torch.nn.ModuleDict) -> Any:
+    """The loss of the whole batch written out: mean over caption slots of CLIP's symmetric cross-entropy, and 0.7 x
+    the squared distance of unit vectors, towers summed."""
+    assert batch.texts is not None
+    image = model.encode_image(batch.images)
+    text = model.encode_text(batch.texts.flatten(0, 1))
+    unit = torch.nn.functional.normalize
+    labels = torch.arange(ROWS)
+    total = torch.zeros(())
+    for slot in range(CAPTIONS):
+        logits = model.logit_scale.exp() * unit(image, dim=-1) @ unit(text.view(ROWS, CAPTIONS, -1)[:, slot], dim=-1).T
+        cross = torch.nn.functional.cross_entropy
+        total = total + (cross(logits, labels) + cross(logits.T, labels)) / 2 / CAPTIONS
+    if teacher is not None:
+        with torch.no_grad():
+            targets = {"image": teacher.encode_image(batch.images), "text": teacher.encode_text(batch.texts.flatten(0, 1))}
+        for tower, feature in (("image", image), ("text", text)):
+            distance = (unit(maps[tower](feature), dim=-1) - unit(targets[tower], dim=-1)).square().sum(-1).mean()
+            total = total + 0.7 * distance
+    return total
+
+
+@cache
+def oracle(aligned: bool) -> dict[str, Any]:
+    """Losses, gradients of the first step and final weights of a plain loop in one process, by open_clip's names."""
+    model, teacher, maps = open_clip_model(CONFIG, 3), None, torch.nn.ModuleDict()
+    if aligned:
+        from compt_megatron.align.projection import Projections
+
+        teacher = open_clip_model(TEACHER, 7).eval()
+        projections = Projections.between(spec_from_config(CONFIG, "tiny"), spec_from_config(TEACHER, "teacher"), seed=0)
+        maps = projections.layers
+    params = [*model.named_parameters(), *((f"align.{name}", param) for name, param in maps.named_parameters())]
+    groups = [
+        {"params": [param for _, param in params if param.dim() >= 2], "weight_decay": DECAY},
+        {"params": [param for _, param in params if param.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, foreach=False)
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * 0.5 * (1 + cos(pi * step / 100))
+        optimizer.zero_grad()
+        loss = oracle_loss(model, whole_batch(step), teacher, maps)
+        loss.backward()
+        if step == 0:
+            gradients = {name: param.grad.clone() for name, param in params if param.grad is not None}
+        optimizer.step()
+        losses.append(float(loss))
+    return {"losses": losses, "gradients": gradients, "weights": {name: param.detach() for name, param in params}}
+
+
+def as_oracle_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The student's parameters (or moments) under open_clip's names, fused as there."""
+    from compt_megatron.models.state import split_fused
+
+    spec = spec_from_config(CONFIG, "tiny")
+    named = {key: torch.zeros(shape) for key, shape in open_clip_shapes(spec).items()}
+    for name, tensor in state.items():
+        if name.startswith("projections."):
+            named["align." + name.removeprefix("projections.layers.")] = tensor
+            continue
+        for member, part in split_fused(spec, name.removeprefix("model."), tensor).items():
+            place = open_clip_place(spec, member)
+            if place.rows is None:
+                named[place.key] = part.reshape(())
+            else:
+                named[place.key][place.start : place.start + place.rows] = part
+    return named
+
+
+def compare(found: tuple[Any, ...], expected: dict[str, Any]) -> None:
+    losses, _, first, last = found
+    assert losses == pytest.approx(expected["losses"], rel=1e-5)
+    moments = {name.removeprefix("exp_avg/"): value for name, value in first.items() if name.startswith("exp_avg/")}
+    for name, moment in as_oracle_names(moments).items():
+        gradient = moment / (1 - BETAS[0])  # after one step from zero moments
+        scale = expected["gradients"][name].abs().max().clamp_min(1e-3)
+        assert (gradient - expected["gradients"][name]).abs().max() <= 1e-5 * scale + 1e-6, name
+    masters = {name: value for name, value in last.items() if not name.startswith("exp_avg")}
+    for name, weight in as_oracle_names(masters).items():
+        # Adam's first steps are signs: an entry whose gradient is all rounding (a key bias) may step either way.
+        gradient = expected["gradients"][name].abs()
+        sure = gradient > 1e-3 * gradient.max()
+        assert sure.any(), name
+        torch.testing.assert_close(weight[sure], expected["weights"][name][sure], atol=1e-4, rtol=1e-4)
+
+
+CASES: dict[int, list[Case]] = {
+    1: [(0, 1), (1, 1), (2, 4), (3, 1), (3, 2)],
+    2: [(0, 2), (1, 1), (2, 1), (3, 2)],
+    4: [(0, 1), (1, 2), (2, 2), (3, 2)],
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("aligned", [False, True], ids=["task", "aligned"])
+def test_every_stage_and_split_is_the_plain_step(world: int, aligned: bool, tmp_path: Path) -> None:
+    start = write_start(tmp_path / "start")
+    cases = CASES[world] if world != 4 or not aligned else [(1, 2), (3, 2)]
+    found = run_ranks(train, world, str(start), cases, "fp32", aligned)
+    expected = oracle(aligned)
+    for case in cases:
+        compare(found[0][case], expected)
+        for rank in range(1, world):
+            assert found[rank][case][0] == found[0][case][0], "ranks report the same loss"
+
+
+def test_bf16_stages_agree_and_follow_fp32(tmp_path: Path) -> None:
+    start = write_start(tmp_path / "start")
+    cases: list[Case] = [(0, 1), (1, 1), (2, 2), (3, 1)]
+    found = run_ranks(train, 2, str(start), cases, "bf16", True)[0]
+    for case in cases:
+        losses, _, first, _ = found[case]
+        assert losses == pytest.approx(oracle(True)["losses"], rel=3e-2), case
+        moments = {name.removeprefix("exp_avg/"): value for name, value in first.items() if name.startswith("exp_avg/")}
+        for name, moment in as_oracle_names(moments).items():
+            gradient = oracle(True)["gradients"][name]
+            if moment.dim() >= 2:
+                likeness = torch.nn.functional.cosine_similarity(moment.flatten(), gradient.flatten(), dim=0)
+                assert likeness > 0.99, (case, name, float(likeness))
