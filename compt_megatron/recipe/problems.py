@@ -128,10 +128,10 @@ def annotation_at(path: Place) -> Any:
 def _fields(model: Any) -> dict[str, Any]:
     if is_typeddict(model):
         return get_type_hints(model, include_extras=True)
-    return {name: _annotated(field) for name, field in model.model_fields.items()}
+    return {name: annotated(field) for name, field in model.model_fields.items()}
 
 
-def _annotated(field: FieldInfo) -> Any:
+def annotated(field: FieldInfo) -> Any:
     return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
 
 
@@ -170,7 +170,8 @@ def describe(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(branch) for branch in get_args(annotation))
     if origin is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(annotation))
+        values = [str(value) for value in get_args(annotation)]
+        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
     if origin is list:
         inner = describe(get_args(annotation)[0])
         return "a list" + (f" (each {inner})" if _model_of(get_args(annotation)[0]) is None else "")

@@ -67,7 +67,6 @@ class Augmentation(TypedDict, total=False):
     ]
     color_jitter_prob: Annotated[Fraction, Field(description="Share of images whose colours are changed.")]
     gray_scale_prob: Annotated[Fraction, Field(description="Share of images made grey.")]
-    interpolation: Annotated[Literal["bicubic", "bilinear", "random"], Field(description="How images are resampled.")]
     re_prob: Annotated[Fraction, Field(description="Share of images with an erased rectangle (with `use_timm`).")]
     re_count: Annotated[Positive, Field(description="Erased rectangles per such image (with `use_timm`).")]
     use_timm: Annotated[bool, Field(description="Use timm's transforms instead of torchvision's.")]

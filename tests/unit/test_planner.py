@@ -152,3 +152,13 @@ def test_steps_need_to_know_the_data() -> None:
     values["links"][1]["steps"] = 30
     with pytest.raises(UserError, match=r"set data.samples"):
         make_plan(recipe_from(values))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [({"augment": {"ratio": [0.9, 1.1]}}, "use_timm"), ({"train": "emoji/tain"}, "emoji has no split 'tain'")],
+)
+def test_a_run_checks_augmentation_and_sources_first(data: dict[str, Any], message: str) -> None:
+    check_recipe(load_recipe("emoji"))
+    with pytest.raises(UserError, match=message):
+        check_recipe(load_recipe("emoji", [f"data.{key}={value}" for key, value in data.items()]))
