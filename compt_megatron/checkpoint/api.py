@@ -148,9 +148,10 @@ def convert(
     try:
         assert reader.spec is not None
         kept, left_out = _what_fits(reader.tensors(), format)
-        kept = {name: _as_dtype(name, info, dtype) for name, info in kept.items()}
-        known = reader.metadata()
-        metadata = {**known, "notes": [*(known.get("notes") or []), *left_out]}
+        cast = {name: _as_dtype(name, info, dtype) for name, info in kept.items()}
+        rounded = [f"weights cast to {dtype_name(dtype)}"] if dtype is not None and cast != kept else []
+        known, kept = reader.metadata(), cast
+        metadata = {**known, "notes": [*(known.get("notes") or []), *left_out, *rounded]}
         target = reader.spec if config is None else replace(reader.spec, config=config)
         assert target.digest == reader.spec.digest, "another config of the same model"
         if attachments:

@@ -75,7 +75,7 @@ def test_what_open_clip_cannot_hold_is_said(tmp_path: Path) -> None:
     assert len(left_out) == 7
     assert any("exp_avg_sq/" in line for line in left_out)
     seen = inspect(tmp_path / "export")
-    assert seen["notes"] == left_out
+    assert seen["notes"] == [*left_out, "weights cast to float32"]
     assert seen["summary"]["weight"]["dtypes"] == ["float32"]
     writer = open_writer(tmp_path / "more", "open_clip", CLIP)
     with pytest.raises(UserError, match="weights only, 'exp_avg/x' has no place"):

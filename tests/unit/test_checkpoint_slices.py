@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from compt_megatron.checkpoint.api import check, weight_hash
 from compt_megatron.checkpoint.contract import Reader, Region, TensorInfo, flat_boxes, region_shape, slabs
 from compt_megatron.checkpoint.formats import open_reader, open_writer
 from compt_megatron.checkpoint.megatron import MegatronKeys
+from compt_megatron.spec.families import spec_from_config
 from tests.unit.checkpoint_samples import CLIP, Values, infos, row_share, training_state, weights, write, write_together
 
 VALUES = training_state(CLIP)
@@ -194,6 +196,29 @@ def test_slabs_tile_a_tensor_within_their_limit() -> None:
         assert sum(part[0].stop - part[0].start for part in regions) == 7
         assert all((part[0].stop - part[0].start) * 60 <= max(limit, 60) for part in regions)
     assert list(slabs(TensorInfo((), torch.float32), 1)) == [()]
+
+
+def test_query_groups_are_interleaved() -> None:
+    """Six query heads in two groups: [q0 q1 q2 k0 v0, q3 q4 q5 k1 v1], as Megatron's attention splits them."""
+    vision = {"image_size": 16, "layers": 1, "width": 24, "patch_size": 8, "head_width": 4}
+    spec = spec_from_config({"embed_dim": 4, "vision_cfg": vision}, "grouped")
+    params = dict(spec.params)
+    for name in [name for name in params if "attn.k_proj" in name or "attn.v_proj" in name]:
+        first, *others = params[name].dims
+        params[name] = replace(params[name], dims=(replace(first, size=8), *others))
+    keys = MegatronKeys(replace(spec, params=params))
+    found = torch.full((2, 5, 4), -1)  # [group, slot, row of the head]
+    for part, start in (("q", 0), ("k", 100), ("v", 200)):
+        name = f"visual.transformer.resblocks.0.attn.{part}_proj.weight"
+        for run in keys.runs(name, 0, params[name].shape[0]):
+            rows = torch.arange(run.start, run.stop) + start
+            assert (found.view(-1)[run.at : run.at + len(rows)] == -1).all()
+            found.view(-1)[run.at : run.at + len(rows)] = rows
+    query, key, value = found.split([3, 1, 1], dim=1)
+    assert query.flatten().tolist() == list(range(24))
+    assert (key.flatten().tolist(), value.flatten().tolist()) == (list(range(100, 108)), list(range(200, 208)))
+    name = "visual.transformer.resblocks.0.attn.q_proj.weight"
+    assert [(run.start, run.stop, run.at) for run in keys.runs(name, 10, 14)] == [(10, 12, 10), (12, 14, 20)]
 
 
 def test_keys_are_those_that_megatron_uses() -> None:
