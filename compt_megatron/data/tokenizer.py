@@ -20,11 +20,13 @@ _REMEMBERED = 1 << 16  # captions whose ids are kept; at 77 tokens some 50 MB
 class Tokenizer:
     """list of captions -> ids [n, context] int64, remembering what it has seen. Can be sent to worker processes."""
 
-    def __init__(
-        self, inner: Any, context_length: int, vocab_size: int, eot: int | None, remember: bool = True
-    ) -> None:
-        self.inner, self.context_length, self.vocab_size, self.eot = inner, context_length, vocab_size, eot
-        self._remember = remember
+    def __init__(self, inner: Any, config: dict[str, Any], beside: Path | None, eot: int | None) -> None:
+        self.inner, self.eot, self._made_by = inner, eot, (config, beside)
+        text_cfg = _text_cfg(config)
+        self.context_length: int = inner.context_length
+        self.vocab_size = int(text_cfg.get("vocab_size", 49408))
+        # A reduction mask draws a caption's tokens anew each time.
+        self._remember = not (text_cfg.get("tokenizer_kwargs") or {}).get("reduction_mask")
         self._ids: dict[str, torch.Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -39,8 +41,8 @@ class Tokenizer:
         self._ids.update(fresh)
         return torch.stack(rows) if rows else torch.zeros(0, self.context_length, dtype=torch.long)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ids": {}}
+    def __reduce__(self) -> Any:
+        return build_tokenizer, self._made_by
 
 
 def _text_cfg(config: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def build_tokenizer(config: dict[str, Any], beside: Path | None = None) -> Token
         except OSError as error:
             raise UserError(f"the tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         _check_fits(len(hugging_face.tokenizer), vocab_size, str(name))
-        return Tokenizer(hugging_face, context_length, vocab_size, hugging_face.tokenizer.eos_token_id)
+        return Tokenizer(hugging_face, config, beside, hugging_face.tokenizer.eos_token_id)
     if (path := bpe_file(config, beside)) is not None:
         kwargs["bpe_path"] = str(path)
     try:
@@ -112,8 +114,7 @@ def build_tokenizer(config: dict[str, Any], beside: Path | None = None) -> Token
         )
     if text_cfg.get("pool_type", "argmax") == "argmax" and simple.eot_token_id != simple.vocab_size - 1:
         raise UserError("text_cfg.pool_type argmax needs the end of text as the last token; set pool_type: eos, eos_id")
-    # A reduction mask draws its tokens anew each time.
-    return Tokenizer(simple, context_length, vocab_size, simple.eot_token_id, remember=not kwargs.get("reduction_mask"))
+    return Tokenizer(simple, config, beside, simple.eot_token_id)
 
 
 def _check_fits(tokens: int, vocab_size: int, name: str) -> None:

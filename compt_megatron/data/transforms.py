@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -21,8 +22,8 @@ class ImageTransform:
     """One of open_clip's transforms, and the same thing over a batch: the closing ToTensor and Normalize are applied
     to all images at once (the same arithmetic for each element, a fraction of the time for small images)."""
 
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.transform = transform
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor], made_by: tuple[Any, ...] = ()) -> None:
+        self.transform, self._made_by = transform, made_by
         self._before: list[Callable[[Any], Any]] = []
         self._normalize: Any = None
         steps = getattr(transform, "transforms", [])
@@ -33,6 +34,12 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB image -> [3, H, W] float32."""
         return self.transform(image)
+
+    def __reduce__(self) -> Any:
+        """Worker processes make their own by (function, *arguments): unpickling torchvision's objects would import it
+        before `ensure_torchvision` could help."""
+        function, *arguments = self._made_by
+        return function, tuple(arguments)
 
     def prepare(self, image: Image.Image) -> Any:
         """The part that differs from image to image: everything random happens here."""
@@ -77,7 +84,7 @@ def eval_transform(config: dict[str, Any], preprocess: dict[str, Any] | None = N
     cfg = _preprocess(config, preprocess)
     from open_clip.transform import image_transform_v2
 
-    return ImageTransform(image_transform_v2(cfg, is_train=False))
+    return ImageTransform(image_transform_v2(cfg, is_train=False), (eval_transform, config, preprocess))
 
 
 def train_transform(
@@ -110,8 +117,7 @@ def train_transform(
     for key in ("scale", "ratio"):
         if options.get(key) is not None:
             options[key] = tuple(options[key])
-    import warnings
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unused augmentation cfg items")  # it lists used ones, too
-        return ImageTransform(image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(**options)))
+        transform = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(**options))
+    return ImageTransform(transform, (train_transform, config, augment, preprocess))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 from itertools import islice
@@ -13,11 +14,14 @@ import torch
 from data_samples import WordTokenizer, plain_transform, sample, write_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from compt_megatron.data.batch import Batch
 from compt_megatron.data.loader import TrainLoader
 from compt_megatron.data.source import ShardSource
 from compt_megatron.data.stream import StreamPlan, default_streams
+from compt_megatron.data.tokenizer import build_tokenizer
+from compt_megatron.data.transforms import train_transform
 from compt_megatron.errors import UserError
 
 SIZES = [7, 13, 5, 11, 9, 3]  # 48 samples: shards end inside windows, and streams inside shards
@@ -204,3 +208,24 @@ def test_resume_opens_no_shard_before_its_position(tmp_path: Path) -> None:
     )
     assert passed - ahead
     assert_same(wanted[:3], list(islice(iter(again), 3)))
+
+
+def test_a_spawned_worker_gets_the_same_batches_without_importing_torchvision_first(source: ShardSource) -> None:
+    config = {"embed_dim": 8, "vision_cfg": {"image_size": 8}, "text_cfg": {"context_length": 6, "vocab_size": 49408}}
+    real = {"tokenizer": build_tokenizer(config), "transform": train_transform(config, {"scale": [0.5, 1.0]})}
+    sent = pickle.dumps(TrainLoader(source, **{**COMMON, **real, "shuffle_window": 5})._parts)
+    assert b"torchvision" not in sent  # its objects would import it before the mend that a CPU torch needs
+    assert b"open_clip" not in sent
+    assert_same(steps(source, 2, **real), list(islice(iter(pickle.loads(sent)), 2)))
+
+
+def test_every_draw_is_its_own(source: ShardSource) -> None:
+    noise = [image.flatten()[0].item() for batch in steps(source, 6, transform=noise_only) for image in batch.images]
+    assert len(set(noise)) == 48
+    plan = StreamPlan([100], streams=2, seed=0, window=25)
+    windows = [(stream, number, start) for stream in range(2) for number in range(3) for start in (0, 25)]
+    assert len({tuple(plan.window_order(*window, 25).tolist()) for window in windows}) == len(windows)
+
+
+def noise_only(image: Image.Image) -> torch.Tensor:
+    return torch.rand(1).expand(3, 8, 8)
