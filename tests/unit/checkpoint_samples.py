@@ -60,10 +60,14 @@ def infos(values: Values) -> dict[str, TensorInfo]:
 def write(path: Path, format: str, spec: ModelSpec, values: Values, **metadata: Any) -> Path:
     """Write whole tensors in one process."""
     writer = open_writer(path, format, spec)
-    writer.declare(infos(values))
-    for name, value in values.items():
-        writer.write(name, (0,) * value.dim(), value)
-    return writer.commit(metadata)
+    try:
+        writer.declare(infos(values))
+        for name, value in values.items():
+            writer.write(name, (0,) * value.dim(), value)
+        return writer.commit(metadata)
+    except BaseException:
+        writer.abort()
+        raise
 
 
 class Exchange:
