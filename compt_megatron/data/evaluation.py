@@ -49,6 +49,7 @@ class EvalSet:
         transform: Callable[..., torch.Tensor],
         name: str | None = None,
         caption_keys: Sequence[str] | None = None,
+        caption_member: str | None = None,
         skip_budget: float = 0.001,
         rank: int = 0,
         world: int = 1,
@@ -59,7 +60,7 @@ class EvalSet:
         self.name = name or source.name
         self._workers, self._keep_bytes = workers, keep_bytes
         self._budget = SkipBudget(source, skip_budget)
-        self._decoder = Decoder("image", caption_keys, source.classes)
+        self._decoder = Decoder("image", caption_keys, source.classes, caption_member)
         self._kept: dict[int, list[EvalBatch]] = {}
         self.blank = torch.zeros_like(transform(Image.new("RGB", (32, 32))))
         facts = self._facts()

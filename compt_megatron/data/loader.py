@@ -110,7 +110,8 @@ class TrainLoader:
     the number of logical streams: a run records `loader.streams` in its checkpoint and passes it on resuming, since V
     is part of what decides the order of samples. `workers` processes prefetch two steps (0: none, in this process).
     `shuffle_window` samples a stream are held in memory, undecoded, unless the whole set is small and local: then
-    it is kept decoded (`cache`: True, False, or None for that choice). `skip_budget`: see `SkipBudget`.
+    it is kept decoded (`cache`: True, False, or None for that choice). `skip_budget`: see `SkipBudget`;
+    `caption_keys`, `caption_member`: see `Decoder`.
 
     Raises UserError, here or while iterating, for a layout or data that cannot work.
     """
@@ -132,6 +133,7 @@ class TrainLoader:
         skip_budget: float = 0.001,
         shuffle_window: int = 2048,
         caption_keys: Sequence[str] | None = None,
+        caption_member: str | None = None,
         cache: bool | None = None,
         pin_memory: bool = False,
         start_method: str | None = None,
@@ -145,7 +147,7 @@ class TrainLoader:
         self._parts = _StepParts(
             StreamPlan(source.sizes, self.streams, seed, shuffle_window),
             source,
-            Decoder("label" if tokenizer is None else "captions", caption_keys, source.classes),
+            Decoder("label" if tokenizer is None else "captions", caption_keys, source.classes, caption_member),
             transform,
             tokenizer,
             captions,

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from compt_megatron.data.tar_reader import IMAGE_SUFFIXES, RawSample
+from compt_megatron.errors import UserError
 
 CAPTION_KEYS = ("captions", "caption")
 
@@ -43,13 +44,20 @@ class Decoder:
 
     `caption_keys` are the json fields that hold captions (a string or a list of strings each); of the default ones
     the first that is there counts, of those that a user lists all count. Without such a field the non-empty lines of
-    the `txt` member are the captions. The label is the `cls` member, the json field `label`, or the place of the
+    the `txt` member are the captions; `caption_member` ("json" or "txt") admits one of the two only. The label is the `cls` member, the json field `label`, or the place of the
     json field `name` in `classes`.
     """
 
     def __init__(
-        self, need: str = "captions", caption_keys: Sequence[str] | None = None, classes: Sequence[str] | None = None
+        self,
+        need: str = "captions",
+        caption_keys: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+        caption_member: str | None = None,
     ) -> None:
+        if caption_member not in (None, "json", "txt"):
+            raise UserError(f"data.caption_key: {caption_member!r} cannot hold captions; use 'json', 'txt' or null")
+        self.caption_member = caption_member
         assert need in ("captions", "label", "image"), need
         self.need = need
         self.caption_keys = None if caption_keys is None else tuple(caption_keys)
@@ -76,13 +84,13 @@ class Decoder:
 
     def _captions(self, raw: RawSample, fields: dict[str, Any]) -> tuple[str, ...]:
         found: list[str] = []
-        for key in self.caption_keys or CAPTION_KEYS:
+        for key in () if self.caption_member == "txt" else self.caption_keys or CAPTION_KEYS:
             value = fields.get(key)
             values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
             found += [text.strip() for text in values if isinstance(text, str) and text.strip()]
             if found and self.caption_keys is None:
                 break
-        if not found and "txt" in raw.members:
+        if not found and "txt" in raw.members and self.caption_member != "json":
             found = [line.strip() for line in raw.members["txt"].decode("utf-8").splitlines() if line.strip()]
         return tuple(found)
 

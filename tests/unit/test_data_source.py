@@ -215,6 +215,8 @@ def test_captions_and_labels_are_found_where_they_may_be(tmp_path: Path) -> None
 
     assert [captions(index) for index in range(3)] == [("one", "two"), ("x", "y"), ("z",)]
     assert captions(3, caption_keys=["raw", "long"]) == ("r", "l1", "l2")
+    assert captions(1, caption_member="txt") == ("unused",)
+    assert isinstance(decode(0, caption_member="json"), Broken)
     assert isinstance(decode(3), Broken)
     assert [label(index) for index in range(4)] == [None, 4, 7, None]
     assert label(3, classes=["cat", "dog"]) == 1
