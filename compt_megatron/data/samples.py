@@ -44,8 +44,8 @@ class Decoder:
 
     `caption_keys` are the json fields that hold captions (a string or a list of strings each); of the default ones
     the first that is there counts, of those that a user lists all count. Without such a field the non-empty lines of
-    the `txt` member are the captions; `caption_member` ("json" or "txt") admits one of the two only. The label is the `cls` member, the json field `label`, or the place of the
-    json field `name` in `classes`.
+    the `txt` member are the captions; `caption_member` ("json" or "txt") admits one of the two only. The label is the
+    `cls` member, the json field `label`, or the place of the json field `name` in `classes`.
     """
 
     def __init__(
