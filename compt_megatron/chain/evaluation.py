@@ -64,7 +64,9 @@ class Evaluator:
         settings = self._member.settings
         if self._sets is None:
             self._sets = open_sets(settings.data.eval, self._member.spec, self._runtime, self._cache_dir)
-        return run_evaluation(self._sets, self._member.spec, settings.evaluate, encode_image, encode_text, self._runtime)
+        return run_evaluation(
+            self._sets, self._member.spec, settings.evaluate, encode_image, encode_text, self._runtime
+        )
 
     def _record(self, metrics: Metrics, position: Position) -> None:
         if not metrics or not self._runtime.is_main:

@@ -15,7 +15,12 @@ EXPORTS = ("open_clip",)
 
 
 def export(
-    src: str | Path, dst: str | Path, format: str = "open_clip", *, spec: ModelSpec | None = None, overwrite: bool = False
+    src: str | Path,
+    dst: str | Path,
+    format: str = "open_clip",
+    *,
+    spec: ModelSpec | None = None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Write checkpoint `src` as `dst` for open_clip: a folder (weights, config, tokenizer vocabulary) or one file.
 

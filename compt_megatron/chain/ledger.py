@@ -1,4 +1,4 @@
-"""The ledger of a run, `chain.json`: every link's state, hashes, cost and metrics. Written atomically, by rank 0 only."""
+"""The ledger of a run, `chain.json`: each link's state, hashes, cost and metrics. Written atomically, by rank 0."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ class Ledger:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.get("format_version") != FORMAT_VERSION:
-                raise UserError(f"{path}: format version {values.get('format_version')!r}, this compt reads {FORMAT_VERSION}")
+                raise UserError(
+                    f"{path}: format version {values.get('format_version')!r}, this compt reads {FORMAT_VERSION}"
+                )
             for group in ("links", "controls"):
                 values[group] = [_known(Entry, entry) for entry in values.get(group, [])]
             return _known(cls, values)

@@ -77,7 +77,8 @@ def link_members(recipe: Recipe, beside: Path | None) -> list[Member]:
 def _link(link: Link, spec: ModelSpec, settings: Settings, previous: str | None) -> Member:
     parent = previous if link.grow is not None or link.align is not None else None
     return Member(
-        link.name, "link", spec, settings, parent, link.grow, link.align, link.init, link.train, link.epochs, link.steps, None
+        link.name, "link", spec, settings, parent, link.grow, link.align, link.init, link.train,
+        link.epochs, link.steps, None,
     )  # fmt: skip
 
 
@@ -92,5 +93,6 @@ def control_members(recipe: Recipe, links: list[Member]) -> list[Member]:
 
 def _control(control: Control, spec: ModelSpec, settings: Settings) -> Member:
     return Member(
-        control.name, "control", spec, settings, None, None, None, None, True, control.epochs, control.steps, control.compute
+        control.name, "control", spec, settings, None, None, None, None, True,
+        control.epochs, control.steps, control.compute,
     )  # fmt: skip

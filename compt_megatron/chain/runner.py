@@ -12,7 +12,6 @@ import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,8 +24,8 @@ from compt_megatron.chain.member import Member, control_members, link_members
 from compt_megatron.chain.planner import check_recipe
 from compt_megatron.chain.train import Position, Progress, StopFlag, Watch, train_member
 from compt_megatron.checkpoint.commit import read_pointer
-from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.checkpoint.digest import weight_hash
+from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.engine.runtime import Runtime
 from compt_megatron.errors import UserError
 from compt_megatron.observe import numbers
@@ -96,13 +95,18 @@ class _Chain:
                 foreign = sorted(path.name for path in self.run_dir.iterdir() if path.name != "status.json")
                 if foreign:
                     raise UserError(
-                        f"{self.run_dir}: not empty ({', '.join(foreign[:3])}) and not a run of compt; choose another --run-dir"
+                        f"{self.run_dir}: not empty ({', '.join(foreign[:3])}) and not a run of compt; "
+                        "choose another --run-dir"
                     )
             known = Ledger(self.recipe.name, "recipe.yaml", self.recipe.digest)
         self._match(known)
         known.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         known.versions = _versions()
-        known.machine = {"cpus": torch.get_num_threads(), "device": str(self.runtime.device), "world": self.runtime.world}
+        known.machine = {
+            "cpus": torch.get_num_threads(),
+            "device": str(self.runtime.device),
+            "world": self.runtime.world,
+        }
         known.save(self.run_dir)
         (self.run_dir / "recipe.yaml").write_text(resolved(self.recipe), encoding="utf-8")
         return known
@@ -152,7 +156,9 @@ class _Chain:
             return None
         parent = self.ledger.entry(member.parent)
         if parent.checkpoint is None or parent.state not in ("trained", "done"):
-            raise UserError(f"link {member.name!r} grows from {member.parent!r}, which is not trained yet; train that first")
+            raise UserError(
+                f"link {member.name!r} grows from {member.parent!r}, which is not trained yet; train that first"
+            )
         return self.run_dir / parent.checkpoint
 
     def _chain_macs(self, before: str) -> float:
@@ -178,7 +184,9 @@ class _Chain:
         if entry.certificate is not None:
             self.console.grow(member.name, member.parent or "", entry.certificate)
         else:
-            self.console.message(f"{member.name}: {numbers.human(entry.parameters)} parameters, {member.init or 'fresh weights'}")
+            self.console.message(
+                f"{member.name}: {numbers.human(entry.parameters)} parameters, {member.init or 'fresh weights'}"
+            )
         entry.initial, entry.state = str(target.relative_to(self.run_dir)), "started"
         self._save_ledger()
 
@@ -224,7 +232,8 @@ def _record(entry: Entry, progress: Progress) -> None:
     entry.steps = entry.total_steps = progress.total_steps
     entry.samples, entry.macs = progress.samples, progress.macs
     entry.wall_s, entry.cpu_s = progress.wall_s, progress.cpu_s
-    entry.align_at_step0, entry.final_loss, entry.skipped_steps = progress.align_at_step0, progress.loss, progress.skipped
+    entry.align_at_step0, entry.final_loss = progress.align_at_step0, progress.loss
+    entry.skipped_steps = progress.skipped
 
 
 def _versions() -> dict[str, str]:

@@ -247,7 +247,9 @@ def _loop(
         clock.lap()
         cpu_clock.lap()
         if stopping and not last:
-            raise StopRequested(f"{member.name}: stopped at step {step} of {progress.total_steps}; start again to resume")
+            raise StopRequested(
+                f"{member.name}: stopped at step {step} of {progress.total_steps}; start again to resume"
+            )
     if progress.total_steps and saved_at != progress.total_steps:
         _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
     if member.settings.evaluate.at_end and progress.total_steps:
@@ -318,7 +320,12 @@ def _peek(checkpoint: Path) -> dict[str, Any]:
 
 
 def _save(
-    engine: DeepSpeedEngine, folder: Path, progress: Progress, lineage: list[dict[str, Any]], keep: int, runtime: Runtime
+    engine: DeepSpeedEngine,
+    folder: Path,
+    progress: Progress,
+    lineage: list[dict[str, Any]],
+    keep: int,
+    runtime: Runtime,
 ) -> None:
     """Write a checkpoint, move the pointer to it, then delete those that are over `keep`."""
     name = f"step_{engine.global_step:08d}"

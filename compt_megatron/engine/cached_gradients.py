@@ -20,7 +20,9 @@ class CachedGradients:
     """The outputs of a whole batch as leaves, and their gradients once `loss.backward()` has run on them."""
 
     def __init__(self, parts: list[Outputs]) -> None:
-        self._rows = [{key: value.shape[0] if is_per_row(value) else 0 for key, value in part.items()} for part in parts]
+        self._rows = [
+            {key: value.shape[0] if is_per_row(value) else 0 for key, value in part.items()} for part in parts
+        ]
         self.outputs = {
             key: value.detach().requires_grad_(value.is_floating_point()) for key, value in join_rows(parts).items()
         }

@@ -125,7 +125,9 @@ class DeepSpeedEngine:
             parts.append(self.teacher.features(batch.images[start : start + rows], texts))
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if parts[0][key].dim()}
 
-    def _loss(self, outputs: Outputs, batch: Batch, targets: Outputs | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(
+        self, outputs: Outputs, batch: Batch, targets: Outputs | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """This rank's share of the global loss, and of its parts."""
         task = self.objective(outputs, batch)
         if self.alignment is None or targets is None:

@@ -20,7 +20,9 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerSettings, decays: Callable[[str], bool]
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    settings: OptimizerSettings,
+    decays: Callable[[str], bool],
 ) -> GuardedAdamW:
     """AdamW over the parameters; `decays(name)` says which get weight decay (matrices; never biases or norms)."""
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}

@@ -67,8 +67,8 @@ class RunCheckpoint:
         try:
             if reader.spec is not None and reader.spec.digest != self._spec.digest:
                 raise UserError(
-                    f"{path}: a checkpoint of model {reader.spec.name!r}, whose config differs from {self._spec.name!r}; "
-                    "name a checkpoint of this link's model"
+                    f"{path}: a checkpoint of model {reader.spec.name!r}, whose config differs from "
+                    f"{self._spec.name!r}; name a checkpoint of this link's model"
                 )
             held = reader.tensors()
             resumed = optimizer and _STEP in held
@@ -80,7 +80,13 @@ class RunCheckpoint:
             reader.close()
 
     def _load_one(
-        self, reader: Reader, held: dict[str, TensorInfo], path: Path, name: str, param: torch.nn.Parameter, resumed: bool
+        self,
+        reader: Reader,
+        held: dict[str, TensorInfo],
+        path: Path,
+        name: str,
+        param: torch.nn.Parameter,
+        resumed: bool,
     ) -> None:
         first = self._members(name)[0]
         if _boundary_name("weight", first) not in held:

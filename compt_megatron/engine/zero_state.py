@@ -59,7 +59,7 @@ class ZeroState:
         if self._sharded:
             return self._optimizer.get_full_hp_param(param, key).detach().cpu()
         if hasattr(param, "_hp_mapping"):
-            return param.get_full_hp_param(key).detach().cpu()  # type: ignore[operator]
+            return param.get_full_hp_param(key).detach().cpu()  # type: ignore[attr-defined]
         owner = self._copies.get(id(param), param)
         value = owner if key is None else self._base.state[owner][key]
         return value.detach().float().cpu()
@@ -87,7 +87,7 @@ class ZeroState:
             pieces = param.ds_tensor.numel()  # type: ignore[attr-defined]
             self._optimizer.set_local_hp_param(self._piece(param, value, pieces), param, key)
         elif hasattr(param, "_hp_mapping"):
-            param.set_full_hp_param(value, key)  # type: ignore[operator]
+            param.set_full_hp_param(value, key)  # type: ignore[attr-defined]
         elif id(param) in self._copies or key is not None:
             owner = self._copies.get(id(param), param)
             (owner.data if key is None else self._base.state[owner][key]).copy_(value)

@@ -85,7 +85,9 @@ def _check_fields(config: dict[str, Any], read: set[str], where: str) -> None:
         if field in read or (field in _ONLY_DEFAULT and value in _ONLY_DEFAULT[field]):
             continue
         if field in _ONLY_DEFAULT:
-            raise UserError(f"{where}: {field}={value!r} is not supported; remove it or use {_ONLY_DEFAULT[field][0]!r}")
+            raise UserError(
+                f"{where}: {field}={value!r} is not supported; remove it or use {_ONLY_DEFAULT[field][0]!r}"
+            )
         if field.startswith(("timm_", "hf_", "attn_pooler_")):
             continue  # settings of a feature that the model name fields above switch off
         raise UserError(f"{where}: unknown or unsupported field '{field}'; see docs/models.md for those supported")
@@ -217,8 +219,12 @@ def _block_params(tower: Tower) -> list[Param]:
 
 def _norm(name: str, tower: Tower, stage: Any) -> list[Param]:
     return [
-        Param(f"{name}.weight", (Dim("embed", "norm_scale", tower.width),), tower.name, stage, None, Init("constant", 1.0)),
-        Param(f"{name}.bias", (Dim("embed", "norm_bias", tower.width),), tower.name, stage, None, Init("constant", 0.0)),
+        Param(
+            f"{name}.weight", (Dim("embed", "norm_scale", tower.width),), tower.name, stage, None, Init("constant", 1.0)
+        ),
+        Param(
+            f"{name}.bias", (Dim("embed", "norm_bias", tower.width),), tower.name, stage, None, Init("constant", 0.0)
+        ),
     ]
 
 
@@ -229,7 +235,9 @@ def _vision_params(tower: Tower, joint: int, patch: int) -> list[Param]:
     conv = Init("uniform", (3 * patch * patch) ** -0.5)
     params = [
         Param("visual.class_embedding", (write,), "vision", "pre", None, scale),
-        Param("visual.positional_embedding", (Dim("tokens", "free", tower.tokens), write), "vision", "pre", None, scale),
+        Param(
+            "visual.positional_embedding", (Dim("tokens", "free", tower.tokens), write), "vision", "pre", None, scale
+        ),
         Param("visual.conv1.weight", conv_dims, "vision", "pre", None, conv),
         *(_norm("visual.ln_pre", tower, "pre") if tower.ln_pre else []),
         *_block_params(tower),

@@ -115,6 +115,8 @@ class ModelSpec:
         """
         config = {**self.config}
         if isinstance(config.get("text_cfg"), dict):
-            config["text_cfg"] = {key: value for key, value in config["text_cfg"].items() if key not in TOKENIZER_FIELDS}
+            config["text_cfg"] = {
+                key: value for key, value in config["text_cfg"].items() if key not in TOKENIZER_FIELDS
+            }
         text = json.dumps(config, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
