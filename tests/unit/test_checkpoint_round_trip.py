@@ -19,9 +19,19 @@ from compt_megatron.torchvision_mend import ensure_torchvision
 from tests.unit.checkpoint_samples import CLIP, SIGLIP, VISION, VIT, infos, training_state, weights, write
 
 
-@pytest.mark.parametrize("spec", [CLIP, VIT, SIGLIP], ids=lambda spec: spec.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["folder", "file.pt", "file.safetensors"])
+@pytest.mark.parametrize(
+    ("spec", "dtype", "name"),
+    [
+        (CLIP, torch.float32, "folder"),
+        (CLIP, torch.bfloat16, "folder"),
+        (CLIP, torch.bfloat16, "file.pt"),
+        (VIT, torch.float32, "file.safetensors"),
+        (VIT, torch.float16, "file.pt"),
+        (SIGLIP, torch.float32, "file.pt"),
+        (SIGLIP, torch.bfloat16, "file.safetensors"),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_open_clip_to_megatron_and_back_keeps_every_bit(
     tmp_path: Path, spec: ModelSpec, dtype: torch.dtype, name: str
 ) -> None:
