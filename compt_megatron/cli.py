@@ -176,7 +176,6 @@ def build_parser() -> Parser:
     )
     command.add_argument("--run-dir", type=Path, metavar="DIR", help="the run folder (default: runs/<recipe name>)")
     command.add_argument("--print-recipe", action="store_true", help="print the recipe with every default, and stop")
-    command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
 
     command = commands.add("plan", plan, "cost, memory and layout of every link", "compt plan cc3m --ranks 8")
     command.recipe()

@@ -72,7 +72,7 @@ class Commands:
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of one command. Overrides may stand anywhere after the recipe. Raises UserError for a mistake."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = _without_local_rank(sys.argv[1:] if argv is None else argv)
     assert parser.commands is not None
     names = list(parser.commands.parsers)
     if not given:
@@ -89,6 +89,21 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     if left:
         raise UserError(_unknown(left[0], given[0], parser.commands.parsers.get(given[0], parser)))
     return args
+
+
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    """The arguments without `--local_rank N`: deepspeed puts it first, older launchers last, and LOCAL_RANK says it."""
+    kept: list[str] = []
+    skip = False
+    for text in argv:
+        name, equals, _ = text.partition("=")
+        if skip:
+            skip = False
+        elif name in ("--local_rank", "--local-rank"):
+            skip = not equals
+        else:
+            kept.append(text)
+    return kept
 
 
 def _unknown(text: str, name: str, parser: Parser) -> str:

@@ -112,7 +112,7 @@ def test_under_a_launcher_the_run_folder_says_how_it_ended(
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     folder = tmp_path / "run"
-    assert cli.main(["train", "emoji", "--run-dir", str(folder), "sed=3", "--local_rank=0"]) == 2
+    assert cli.main(["--local_rank=0", "train", "emoji", "--run-dir", str(folder), "sed=3"]) == 2
     assert capsys.readouterr().err == "compt: sed=3: unknown key; did you mean 'seed'?\n"
     assert folder.exists() == written
     if written:
