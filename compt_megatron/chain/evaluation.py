@@ -24,7 +24,7 @@ from compt_megatron.models.build import build_model
 from compt_megatron.models.state import load_canonical
 from compt_megatron.observe.console import Console
 from compt_megatron.observe.metrics import RunLog
-from compt_megatron.recipe.sections import EvaluateSettings
+from compt_megatron.recipe.sections import DataSettings, EvaluateSettings
 from compt_megatron.spec.table import ModelSpec
 
 RETRIEVAL_CAPTIONS = 5  # of each image, as COCO and Flickr30k are scored
@@ -63,7 +63,7 @@ class Evaluator:
     def _evaluate(self, encode_image: Encode, encode_text: Encode | None) -> Metrics:
         settings = self._member.settings
         if self._sets is None:
-            self._sets = open_sets(settings.data.eval, self._member.spec, self._runtime, self._cache_dir)
+            self._sets = open_sets(settings.data.eval, self._member.spec, self._runtime, self._cache_dir, settings.data)
         return run_evaluation(
             self._sets, self._member.spec, settings.evaluate, encode_image, encode_text, self._runtime
         )
@@ -86,13 +86,19 @@ class Evaluator:
         return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
 
 
-def open_sets(names: list[str], spec: ModelSpec, runtime: Runtime, cache_dir: Path | None = None) -> list[EvalSet]:
-    """The evaluation sets called `names`, their rows shared out over the ranks."""
+def open_sets(
+    names: list[str], spec: ModelSpec, runtime: Runtime, cache_dir: Path | None = None, data: DataSettings | None = None
+) -> list[EvalSet]:
+    """The evaluation sets called `names`, their rows shared out over the ranks; read as `data` says, if given."""
+    options: dict[str, Any] = {}
+    if data is not None:
+        options = {"caption_keys": data.caption_fields or None, "caption_member": data.caption_key}
+        options |= {"skip_budget": data.skip_budget, "workers": data.workers}
     transform = eval_transform(spec.config)
     with runtime.main_first():
         sources = [ShardSource.open(name, cache_dir=cache_dir) for name in names]
     return [
-        EvalSet(source, transform=transform, name=name, rank=runtime.rank, world=runtime.world)
+        EvalSet(source, transform=transform, name=name, rank=runtime.rank, world=runtime.world, **options)
         for source, name in zip(sources, names)
     ]
 

@@ -21,6 +21,7 @@ from compt_megatron.chain.ledger import Entry
 from compt_megatron.chain.member import Member
 from compt_megatron.checkpoint.commit import committed, read_pointer, remove_checkpoint, write_pointer
 from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.data.batch import Batch
 from compt_megatron.data.loader import TrainLoader
 from compt_megatron.data.source import ShardSource
 from compt_megatron.data.tokenizer import build_tokenizer
@@ -134,6 +135,7 @@ def open_loader(
         shuffle_window=data.shuffle_window,
         cache=data.cache,
         caption_keys=data.caption_fields or None,
+        caption_member=data.caption_key,
     )
 
 
@@ -165,11 +167,13 @@ def train_member(
     loader = open_loader(
         member, runtime, run_dir / "cache", start_step=train_state.get("step", 0), streams=train_state.get("streams")
     )
-    steps = total_steps(member, loader.steps_per_epoch, entry.budget_macs)
+    samples = member.settings.data.samples
+    steps_per_epoch = max(1, samples // loader.batch_size) if samples else loader.steps_per_epoch
+    steps = total_steps(member, steps_per_epoch, entry.budget_macs)
     teacher, alignment, projections = _alignment(member, parent_checkpoint, steps, runtime)
     progress = Progress(
         steps,
-        loader.steps_per_epoch,
+        steps_per_epoch,
         loader.streams,
         member.macs_per_sample(teacher.spec if teacher else None),
         wall_s=train_state.get("wall_s", 0.0),
@@ -213,7 +217,12 @@ def _loop(
     batches = iter(loader)
     saved_at = engine.global_step if engine.global_step else -1
     while engine.global_step < progress.total_steps:
-        batch = next(batches)
+        batch = _next_batch(batches, watch.stop, runtime)
+        if batch is None:
+            if saved_at != engine.global_step:
+                _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
+            where = f"step {engine.global_step} of {progress.total_steps}"
+            raise StopRequested(f"{member.name}: stopped at {where}; give the same command again to go on")
         if engine.global_step == 0:
             progress.align_at_step0 = _check_alignment(engine, member, batch)
             if progress.align_at_step0:
@@ -236,9 +245,8 @@ def _loop(
             watch.console.line(step, scalars, result.parts)
         else:
             watch.console.advance(step)
-        stopping = runtime.any(watch.stop.requested)
         throughput.pause()
-        if step % save_every == 0 or last or stopping:
+        if step % save_every == 0 or last:
             _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
             saved_at = step
         if evaluate_steps and step % evaluate_steps == 0 and not last:
@@ -254,6 +262,22 @@ def _loop(
         _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
     if member.settings.evaluate.at_end and progress.total_steps:
         watch.evaluate(engine, progress.position(engine.global_step, entry))
+
+
+def _next_batch(batches: Iterator[Batch], stop: StopFlag, runtime: Runtime) -> Batch | None:
+    """This rank's next batch; None on every rank if any was asked to stop. Collective.
+
+    Data that one rank cannot read (over the skip budget) is an error on every rank, so that none waits for it.
+    """
+    batch, error = None, None
+    try:
+        batch = next(batches)
+    except UserError as raised:
+        error = raised
+    worst = runtime.max(2 if error is not None else 1 if stop.requested else 0)
+    if worst == 2:
+        raise next(found for found in runtime.exchange(error) if found is not None)
+    return None if worst == 1 else batch
 
 
 class _Clock:
@@ -276,7 +300,7 @@ def _peak(runtime: Runtime, member: Member) -> float | None:
     return None if peak is None else peak * runtime.world
 
 
-def _check_alignment(engine: DeepSpeedEngine, member: Member, batch: Any) -> dict[str, float]:
+def _check_alignment(engine: DeepSpeedEngine, member: Member, batch: Batch) -> dict[str, float]:
     """The alignment loss before the first step; an exactly grown model must start at zero, to rounding."""
     losses = engine.alignment_at_start(batch)
     exact = member.grow is not None and member.grow.operator == "exact" and not member.grow.allow_approximate

@@ -73,13 +73,13 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says yes. Collective."""
+    def max(self, value: int) -> int:
+        """The largest of the ranks' values. Collective."""
         if self.world == 1:
-            return flag
-        votes = torch.tensor([float(flag)], device=self.device)
+            return value
+        votes = torch.tensor([value], device=self.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item() > 0)
+        return int(votes.item())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Elementwise sum of a tensor over the ranks. Collective."""
