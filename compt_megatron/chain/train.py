@@ -254,10 +254,6 @@ def _loop(
         throughput.resume()
         clock.lap()
         cpu_clock.lap()
-        if stopping and not last:
-            raise StopRequested(
-                f"{member.name}: stopped at step {step} of {progress.total_steps}; start again to resume"
-            )
     if progress.total_steps and saved_at != progress.total_steps:
         _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
     if member.settings.evaluate.at_end and progress.total_steps:
