@@ -1,0 +1,231 @@
+"""Writes the figures of README.md, between its markers, from benchmarks/results/*.json and the planner.
+
+    python -m benchmarks.readme            # write
+    python -m benchmarks.readme --check    # only say whether README.md is current (exit status 1 if not)
+
+Every figure is labelled: measured (from a result file), modelled (counted by the planner, nothing was run) or not
+measured yet.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from compt_megatron.chain.planner import Plan, make_plan
+from compt_megatron.observe.numbers import human, percent
+from compt_megatron.recipe.load import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- figures: written by `python -m benchmarks.readme`, do not edit -->"
+END = "<!-- end of figures -->"
+NOT_YET = "not measured yet"
+DEMO = "python benchmarks/chain_vs_alone.py"
+
+Row = tuple[str, ...]
+
+
+def figures(results: Path = RESULTS) -> str:
+    """The whole generated block (Markdown), without its markers."""
+    return "\n\n".join([demo_section(_load(results, "chain_vs_alone")), other_section(results)])
+
+
+# -- the demo's chain against its last model alone ---------------------------------------------------------------------
+
+
+def demo_section(result: dict[str, Any] | None) -> str:
+    """The table of the demo, and in one sentence who won.
+
+    `result`: chain_vs_alone.json. Its top1 and top5 are fractions, one a seed; samples, macs and wall_s are a link's
+    own, predecessors not included.
+    """
+    if result is None:
+        return f"**The demo's chain against its last model alone**: {NOT_YET} (`{DEMO}`)."
+    links, control = result["links"], result["control"]
+    chain_macs = sum(link["macs"] for link in links)
+    rows = [_member(link["name"], link) for link in links]
+    rows.append(_member(f"{control['name']} (trained alone)", control))
+    seeds = result["seeds"]
+    head = ("model", "parameters", "samples", "MACs", "top-1, unseen artist", "top-5", "seconds")
+    rate = [f"rate {control['lr']:g}"] if "lr" in control else []
+    warmup = [f"warm-up {control['warmup_steps']} steps"] if "warmup_steps" in control else []
+    said = f" The control has its own {', '.join([*rate, *warmup])}." if rate or warmup else ""
+    return "\n\n".join(
+        [
+            f"**The demo's chain against its last model alone** (measured, {_seeds(seeds)}: mean, least and most):",
+            table(head, rows),
+            f"{verdict(links[-1], control, chain_macs)}{said}",
+            f"Machine: {machine(result.get('machine'))}. Command: `{result.get('command', DEMO)}`. A link's samples, "
+            "MACs and seconds are its own; MACs include its teacher's.",
+        ]
+    )
+
+
+def verdict(last: dict[str, Any], control: dict[str, Any], chain_macs: float) -> str:
+    """Who won, from the seeds' ranges: ranges that overlap are no clear difference."""
+    ours, theirs = last["top1"], control["top1"]
+    if not ours or not theirs:
+        return f"Chain against alone: {NOT_YET}."
+    if min(ours) > max(theirs):
+        result = "The chain wins"
+    elif max(ours) < min(theirs):
+        result = "**The chain loses**"
+    else:
+        result = "No clear difference (the seeds' ranges overlap)"
+    points = 100 * (fmean(ours) - fmean(theirs))
+    share = control["macs"] / chain_macs
+    return (
+        f"{result}: {last['name']} at the end of the chain is {points:+.1f} points against the same model trained alone "
+        f"with {share:.2f} times the chain's compute."
+    )
+
+
+def _member(name: str, member: dict[str, Any]) -> Row:
+    return (
+        name,
+        human(member["parameters"]),
+        human(member["samples"]) if "samples" in member else "-",
+        human(member["macs"]),
+        _spread(member.get("top1", [])),
+        _spread(member.get("top5", [])),
+        f"{fmean(member['wall_s']):.0f}" if member.get("wall_s") else "-",
+    )
+
+
+def _spread(fractions: list[float]) -> str:
+    """14.2 % (13.9 to 14.6): mean, least and most."""
+    if not fractions:
+        return NOT_YET
+    assert all(0 <= value <= 1 for value in fractions), f"accuracies are fractions: {fractions}"
+    if len(fractions) == 1:
+        return percent(fractions[0])
+    return f"{percent(fmean(fractions))} ({100 * min(fractions):.1f} to {100 * max(fractions):.1f})"
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"{len(seeds)} seeds" if len(seeds) != 1 else "one seed, no spread"
+
+
+# -- everything else ---------------------------------------------------------------------------------------------------
+
+
+def other_section(results: Path) -> str:
+    """The table of single figures: what, value, how it is known, command."""
+    rows = [
+        *parity_rows(_load(results, "open_clip_parity")),
+        *exactness_rows(_load(results, "growth_exactness")),
+        *modelled_rows(),
+        ("accuracy of the CC3M and Merged-15M chains", "-", NOT_YET, "`compt train cc3m`"),
+        ("throughput on GPUs, scaling over nodes", "-", NOT_YET, "-"),
+    ]
+    return table(("figure", "value", "known by", "command"), rows)
+
+
+def parity_rows(result: dict[str, Any] | None) -> list[Row]:
+    what, command = "features against open_clip's, fp32, largest relative error", "python benchmarks/open_clip_parity.py"
+    if not result:
+        return [(what, "-", NOT_YET, f"`{command}`")]
+    errors = [value for row in result.values() for key, value in row.items() if key.endswith("_relative_error")]
+    where = machine(next(iter(result.values())).get("machine"))
+    return [(what, f"{max(errors):.1e} over {len(result)} models", f"measured ({where})", f"`{command}`")]
+
+
+def exactness_rows(result: dict[str, Any] | None) -> list[Row]:
+    command = "`python benchmarks/growth_exactness.py`"
+    names = {
+        "exact": "features after `exact` growth against the source's, fp32, largest relative error",
+        "noise_floor": "noise floor of that: the source in fp32 against itself in fp64",
+        "corner": "the same after `corner` growth (the paper's text)",
+    }
+    if not result or not result.get("pairs"):
+        return [(what, "-", NOT_YET, command) for what in names.values()]
+    pairs = list(result["pairs"].values())
+    known = f"measured ({machine(result.get('machine'))})"
+    rows = []
+    for kind, what in names.items():
+        errors = [error for pair in pairs for error in pair[kind].values()]
+        text = f"{max(errors):.1e}" if max(errors) < 0.01 else f"{max(errors):.2f}"
+        rows.append((what, f"{text} over {len(pairs)} pairs", known, command))
+    return rows
+
+
+def modelled_rows() -> list[Row]:
+    """What the planner counts, beside what the paper reports."""
+    four, seven = _plan("cc3m"), _plan("cc3m-seven")
+    return [
+        (
+            "compute of the chain T, S, B, L on CC3M, of training L alone (paper: 28 %)",
+            percent(four.last_share),
+            "modelled",
+            "`compt plan cc3m`",
+        ),
+        (
+            "the four as a chain against one by one (paper: 5.68 times)",
+            f"{four.speed_up:.2f} times cheaper",
+            "modelled",
+            "`compt plan cc3m`",
+        ),
+        (
+            "seven members as a chain against one by one (paper: 7.09 times)",
+            f"{seven.speed_up:.2f} times cheaper",
+            "modelled",
+            "`compt plan cc3m-seven`",
+        ),
+    ]
+
+
+def _plan(recipe: str) -> Plan:
+    return make_plan(load_recipe(recipe))
+
+
+def machine(known: dict[str, Any] | str | None) -> str:
+    """One line about the machine, as a result file has it: text, or a mapping of what is known."""
+    if isinstance(known, dict):
+        return ", ".join(f"{key} {value}" for key, value in known.items())
+    return known or "unknown machine"
+
+
+def table(head: Row, rows: list[Row]) -> str:
+    """A Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _load(results: Path, name: str) -> dict[str, Any] | None:
+    path = results / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def with_figures(text: str, block: str) -> str:
+    """`text` of a README with what stands between its markers replaced by `block`."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin, "README.md has no begin marker of the figures"
+    assert end, "README.md has no end marker of the figures"
+    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
+
+
+def main(argv: list[str]) -> int:
+    text = README.read_text(encoding="utf-8")
+    wanted = with_figures(text, figures())
+    if text == wanted:
+        print("README.md is current")
+        return 0
+    if "--check" in argv:
+        print("README.md: its figures are not those of benchmarks/results; run python -m benchmarks.readme")
+        return 1
+    README.write_text(wanted, encoding="utf-8")
+    print("README.md: figures written")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
