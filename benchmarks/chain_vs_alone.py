@@ -91,7 +91,8 @@ def main() -> None:
     target.write_text(json.dumps(results, indent=1) + "\n")
     for row in (*results["links"], results["control"]):
         print(
-            f"{row['name']:<10} top-1 {[f'{100 * value:.1f}' for value in row['top1']]} %, {row['macs'] / 1e12:.2f} T MACs"
+            f"{row['name']:<10} top-1 {[f'{100 * value:.1f}' for value in row['top1']]} %,",
+            f"{row['macs'] / 1e12:.2f} T MACs",
         )
     print(f"control {control['name']}: lr {tuned.lr}, warm-up {tuned.warmup_steps} steps; written to {target}")
 
