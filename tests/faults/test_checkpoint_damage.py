@@ -112,6 +112,10 @@ def test_one_tensor_too_many_or_too_few(run: Path, tmp_path: Path) -> None:
     content["tensors"]["exp_avg/new"] = ["float32", [3]]
     (run / "compt.json").write_bytes(manifest_bytes({k: v for k, v in content.items() if k != "self"}))
     _refused(lambda: check(run), "exp_avg/new", "missing")
+    path = write(tmp_path / "whole.pt", "open_clip", VIT, weights(VIT))
+    state = {**torch.load(path, weights_only=True), "visual.extra": torch.zeros(1)}
+    torch.save(state, tmp_path / "more.pt")
+    _refused(lambda: open_reader(tmp_path / "more.pt", VIT), "another model", "also has 'visual.extra'")
     state = {f"visual.{key}": torch.zeros(1) for key in "ab"}
     torch.save(state, tmp_path / "other.pt")
     _refused(lambda: open_reader(tmp_path / "other.pt", VIT), "another model", "it has no")
