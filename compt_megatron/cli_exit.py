@@ -15,6 +15,12 @@ from compt_megatron.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_U
 
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # what the system, not a bug, refuses
 _WAIT_FOR_MAIN_S = 1.0
+# what the bare install does not have: top-level module -> the extra that brings it
+_EXTRA_OF = {
+    **dict.fromkeys(("megatron", "deepspeed", "open_clip", "torchvision", "timm", "webdataset", "matplotlib"), "train"),
+    **dict.fromkeys(("tensorboard", "psutil"), "train"),
+    **dict.fromkeys(("emoji", "resvg_py", "PIL"), "data"),
+}
 
 
 def guarded(parse: Callable[[], argparse.Namespace]) -> int:
@@ -48,6 +54,9 @@ def _judge(error: BaseException) -> tuple[int, str]:
         return EXIT_FAILED, "interrupted"
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return EXIT_USER_ERROR, f"{error.filename or 'disk'}: {error.strerror}; choose a place that can be written"
+    if isinstance(error, ModuleNotFoundError) and (missing := (error.name or "").partition(".")[0]) in _EXTRA_OF:
+        extra = f"pip install 'compt-megatron[{_EXTRA_OF[missing]}]'"
+        return EXIT_USER_ERROR, f"{missing} is not installed, which this command needs; {extra}"
     return EXIT_FAILED, f"{type(error).__name__}: {line}"
 
 
