@@ -80,7 +80,7 @@ def verdict(last: dict[str, Any], control: dict[str, Any], chain_macs: float) ->
     points = 100 * (fmean(ours) - fmean(theirs))
     share = control["macs"] / chain_macs
     return (
-        f"{result}: {last['name']} at the end of the chain is {points:+.1f} points against the same model trained alone "
+        f"{result}: {last['name']} at the end of the chain is {points:+.1f} points against the same model alone "
         f"with {share:.2f} times the chain's compute."
     )
 
@@ -127,7 +127,10 @@ def other_section(results: Path) -> str:
 
 
 def parity_rows(result: dict[str, Any] | None) -> list[Row]:
-    what, command = "features against open_clip's, fp32, largest relative error", "python benchmarks/open_clip_parity.py"
+    what, command = (
+        "features against open_clip's, fp32, largest relative error",
+        "python benchmarks/open_clip_parity.py",
+    )
     if not result:
         return [(what, "-", NOT_YET, f"`{command}`")]
     errors = [value for row in result.values() for key, value in row.items() if key.endswith("_relative_error")]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compt_megatron.chain.member import Member, control_members, link_members
+from compt_megatron.data.source import built_in, is_built_in
 from compt_megatron.data.tar_reader import is_local
 from compt_megatron.errors import UserError
 from compt_megatron.growth.operators import plan as growth_plan
@@ -147,10 +148,8 @@ def _check_preparation(member: Member, where: str) -> None:
 
 
 def _check_source(source: str, where: str) -> None:
-    if source.startswith("emoji/"):
-        from compt_megatron.data.emoji.builtin import emoji_shards
-
-        emoji_shards(source.removeprefix("emoji/"))
+    if is_built_in(source):
+        built_in(source)
     elif is_local(source):
         try:
             from webdataset.shardlists import expand_urls

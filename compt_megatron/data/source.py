@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from compt_megatron.data.tar_reader import is_local, try_count
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import read_json
+
+BuiltIn = tuple[list[str], dict[str, int], list[str] | None]
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
@@ -75,11 +77,11 @@ class ShardSource:
         names = _read_classes(_find(str(classes), beside)) if classes is not None else None
         shards: list[str] = []
         for one in specs:
-            if one.startswith("emoji/"):
-                built_in, counts, built_in_names = _emoji(one)
-                shards += built_in
+            if is_built_in(one):
+                own, counts, own_names = built_in(one)
+                shards += own
                 known |= counts
-                names = names or built_in_names
+                names = names or own_names
             else:
                 shards += _expand(one, beside)
         if not shards:
@@ -130,14 +132,28 @@ def _expand(spec: str, beside: Path | None) -> list[str]:
     return shards
 
 
-def _emoji(spec: str) -> tuple[list[str], dict[str, int], list[str] | None]:
-    """The shards of a built-in split, their sizes by path and the names of its classes."""
+def _emoji(split: str) -> BuiltIn:
     from compt_megatron.data.emoji import emoji_index, emoji_shards
 
-    split = spec.removeprefix("emoji/")
     shards = [str(path) for path in emoji_shards(split)]
     facts = emoji_index()["splits"][split]
     return shards, {shard: facts["shards"][Path(shard).name] for shard in shards}, facts["classes"]
+
+
+# name -> (split -> its shards, their sizes by path, its class names); a new set is one module and one entry here
+BUILT_IN: dict[str, Callable[[str], BuiltIn]] = {"emoji": _emoji}
+
+
+def is_built_in(source: str) -> bool:
+    """Whether `source` is `<name>/<split>` of a built-in set."""
+    name, slash, _ = source.partition("/")
+    return bool(slash) and name in BUILT_IN
+
+
+def built_in(source: str) -> BuiltIn:
+    """Shards of a built-in source, their sizes by path and the names of its classes. UserError for no such split."""
+    name, _, split = source.partition("/")
+    return BUILT_IN[name](split)
 
 
 def _read_sizes(path: Path) -> dict[str, int]:
