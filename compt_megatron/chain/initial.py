@@ -45,7 +45,7 @@ def write_initial(member: Member, parent_checkpoint: Path | None, target: Path) 
         overwrite=True,
     )
     assert isinstance(certificate, Certificate), "a dry run makes no certificate"
-    if member.spec.numel <= _PARITY_LIMIT:
+    if member.spec.numel <= _PARITY_LIMIT and "vision_cfg" in member.spec.config:  # what open_clip can run
         certificate = certificate.with_parity(_measured(parent_checkpoint, target))
     return certificate.to_dict()
 
