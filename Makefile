@@ -8,7 +8,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo c
 .PHONY: demo test lint types imports bench docs clean
 
 demo: $(VENV)/.train
-	OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 2) $(BIN)/compt train emoji --run-dir runs/demo
+	OMP_NUM_THREADS=$(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) $(BIN)/compt train emoji --run-dir runs/demo
 	$(BIN)/compt report runs/demo
 
 test: $(VENV)/.dev
