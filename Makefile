@@ -42,5 +42,9 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[train,data,dev]'
 	@touch $@ $(VENV)/.train
 
+docs: $(VENV)/.python
+	$(BIN)/pip install --quiet 'mkdocs-material>=9.5'
+	$(BIN)/mkdocs build
+
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache
