@@ -17,29 +17,34 @@ class Projections(nn.Module):
     """One linear layer for each tower in `widths` (tower -> (student width, teacher width)) whose widths differ.
 
     The weights are a function of (seed, name) alone, hence identical on all ranks; the distribution is torch's own
-    for linear layers, as in the published code. The parameters belong to the optimizer, and to the checkpoint under
-    the names align/<tower>.weight [teacher, student] and align/<tower>.bias [teacher].
+    for linear layers, as in the published code. With `leading` they are [I 0] and 0 instead: the student's first
+    features, which are the teacher's where the joint width was grown exactly. The parameters belong to the optimizer,
+    and to the checkpoint under the names align/<tower>.weight [teacher, student] and align/<tower>.bias [teacher].
     """
 
-    def __init__(self, widths: dict[str, tuple[int, int]], seed: int = 0) -> None:
+    def __init__(self, widths: dict[str, tuple[int, int]], seed: int = 0, leading: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleDict()
         for tower, (student, teacher) in widths.items():
             if student == teacher:
                 continue
             layer = nn.Linear(student, teacher)
+            self.layers[tower] = layer
+            if leading:
+                nn.init.eye_(layer.weight)
+                nn.init.zeros_(layer.bias)
+                continue
             bound = 1.0 / sqrt(student)
             with torch.no_grad():
                 for part, parameter in layer.named_parameters():
                     shape = tuple(parameter.shape)
                     parameter.copy_(uniform(seed, f"align/{tower}.{part}", shape, low=-bound, high=bound))
-            self.layers[tower] = layer
 
     @classmethod
-    def between(cls, student: ModelSpec, teacher: ModelSpec, seed: int = 0) -> Projections:
+    def between(cls, student: ModelSpec, teacher: ModelSpec, seed: int = 0, leading: bool = False) -> Projections:
         """The projections that aligning `student` to `teacher` needs; none (no parameters) if embed sizes agree."""
         towers = ("image", "text") if student.family == "clip" else ("image",)
-        return cls(dict.fromkeys(towers, (student.joint, teacher.joint)), seed)
+        return cls(dict.fromkeys(towers, (student.joint, teacher.joint)), seed, leading)
 
     def forward(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`outputs` plus align/<tower> [..., teacher width] for each projected tower present; in the weights' dtype."""

@@ -52,9 +52,9 @@ class Evaluator:
         self._record(self._evaluate(encode_image, encode_text), position)
 
     def latest(self) -> Metrics:
-        """The newest record, empty where there is none."""
-        rows = self._rows()
-        return rows[-1]["metrics"] if rows else {}
+        """The newest record, empty where there is none. Collective: rank 0 alone knows when the file is written."""
+        rows = self._rows() if self._runtime.is_main else []
+        return self._runtime.exchange(rows[-1]["metrics"] if rows else {})[0]
 
     @property
     def _has_text(self) -> bool:

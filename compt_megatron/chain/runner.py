@@ -68,7 +68,11 @@ class _Chain:
         self.resume_from = None if resume in ("auto", "none") else Path(resume)
         if self.resume_from is not None and not self.resume_from.exists():
             raise UserError(f"--resume {resume}: no such checkpoint; name one, or use auto or none")
-        self.ledger: Ledger = runtime.exchange(self._open_ledger(resume) if runtime.is_main else None)[0]
+        known = None
+        with runtime.main_first():
+            if runtime.is_main:
+                known = self._open_ledger(resume)
+        self.ledger: Ledger = runtime.exchange(known)[0]
         self.console = Console(enabled=runtime.is_main, total_links=len(members))
 
     def run(self, only: str | None) -> Ledger:
@@ -79,6 +83,8 @@ class _Chain:
                         self._run_member(member, log)
             finally:
                 self.console.end_link()
+        if self.resume_from is not None:
+            raise UserError(f"--resume {self.resume_from}: nothing was left to train from it; use another --run-dir")
         if self.runtime.is_main:
             self.console.table(asdict(self.ledger))
         return self.ledger
@@ -112,12 +118,20 @@ class _Chain:
         return known
 
     def _match(self, ledger: Ledger) -> None:
-        """Give every member its entry; refuse a recipe that would train another model under a started one's name."""
+        """Give every member its entry; refuse a recipe that would train another model under a started one's name, or
+        that no longer has one that was started."""
         known = {entry.name: entry for entry in (*ledger.links, *ledger.controls)}
+        for name in known.keys() - {member.name for member in self.members}:
+            if known[name].state != "pending":
+                raise UserError(
+                    f"{self.run_dir}: {name!r} was started here, but the recipe has no link of that name; "
+                    "use another --run-dir, or put the recipe back (RUN/recipe.yaml has it)"
+                )
         entries = []
         for member in self.members:
             entry = known.get(member.name)
-            if entry is not None and entry.state != "pending" and entry.identity != member.identity:
+            same = entry is not None and (entry.identity, entry.parent) == (member.identity, member.parent)
+            if entry is not None and entry.state != "pending" and not same:
                 raise UserError(
                     f"{self.run_dir}: link {member.name!r} was started with other settings than the recipe has now; "
                     "use another --run-dir, or put the recipe back (RUN/recipe.yaml has it)"

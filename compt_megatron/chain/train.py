@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from compt_megatron.align.projection import Projections
 from compt_megatron.align.teacher import Teacher
 from compt_megatron.chain.ledger import Entry
 from compt_megatron.chain.member import Member
-from compt_megatron.checkpoint.commit import committed, read_pointer, remove_checkpoint, write_pointer
+from compt_megatron.checkpoint.commit import committed, is_partial, read_pointer, remove_checkpoint, write_pointer
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.data.batch import Batch
 from compt_megatron.data.loader import TrainLoader
@@ -161,6 +162,7 @@ def train_member(
     when a signal asked to stop, and UserError for what the user can mend.
     """
     folder = run_dir / member.name / "checkpoints"
+    _remove_leftovers(folder, runtime)
     newest = resume_from or read_pointer(folder)
     start_from = newest or run_dir / (entry.initial or "")
     train_state = _peek(newest) if newest else {}
@@ -326,8 +328,18 @@ def _alignment(
         distance=align.distance,
         towers=tuple(align.towers),
     )
-    projections = Projections.between(member.spec, teacher.spec, member.settings.seed)
+    exact = member.grow is not None and member.grow.operator == "exact"
+    projections = Projections.between(member.spec, teacher.spec, member.settings.seed, leading=exact)
     return teacher, alignment, projections
+
+
+def _remove_leftovers(folder: Path, runtime: Runtime) -> None:
+    """Free the disk of what a killed run was writing or deleting. Collective."""
+    with runtime.main_first():
+        if runtime.is_main and folder.is_dir():
+            for path in folder.iterdir():
+                if is_partial(path) and path.is_dir():
+                    shutil.rmtree(path)
 
 
 def _peek(checkpoint: Path) -> dict[str, Any]:
@@ -367,5 +379,6 @@ def _save(
     with runtime.main_first():
         if runtime.is_main:
             write_pointer(folder, name)
-            for old in committed(folder)[:-keep]:
+            # Those of later steps are of a past that --resume PATH left: not counted, and never removed.
+            for old in [path for path in committed(folder) if path.name <= name][:-keep]:
                 remove_checkpoint(old)

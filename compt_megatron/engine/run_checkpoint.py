@@ -92,7 +92,9 @@ class RunCheckpoint:
         if _boundary_name("weight", first) not in held:
             if name in self._canonical:
                 raise UserError(f"{path}: holds no tensor weight/{first}; it is not a whole checkpoint of this model")
-            return  # the projections of a link that starts keep the values they were made with
+            for key in MOMENTS:  # the projections of a link that starts keep the values they were made with
+                self._state.set_moment(param, key, torch.zeros(_full_shape(param)))
+            return
         weight = self._read(reader, name, "weight")
         master = self._read(reader, name, "master") if _boundary_name("master", first) in held else weight
         self._state.set_weight(param, weight, master)

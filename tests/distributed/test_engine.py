@@ -13,84 +13,25 @@ import torch
 from compt_megatron.data.batch import Batch
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.open_clip_names import open_clip_place, open_clip_shapes
-from compt_megatron.spec.random import initial
-from compt_megatron.spec.table import ModelSpec
+from tests.distributed.engine_cases import (
+    BETAS,
+    CAPTIONS,
+    CONFIG,
+    DECAY,
+    EPS,
+    LR,
+    ROWS,
+    STEPS,
+    TEACHER,
+    Case,
+    make_engine,
+    rank_batch,
+    start_weights,
+    state_of,
+    whole_batch,
+    write_start,
+)
 from tests.distributed.spawn import run_ranks
-
-CONFIG: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2},
-}
-TEACHER = {**CONFIG, "embed_dim": 12}
-ROWS, CAPTIONS, STEPS, LR, DECAY, BETAS, EPS = 16, 2, 3, 1e-2, 0.1, (0.9, 0.98), 1e-6
-Case = tuple[int, int]  # ZeRO stage, micro-batches
-
-
-def whole_batch(step: int) -> Batch:
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randn(ROWS, 3, 16, 16, generator=generator)
-    texts = torch.randint(1, 64, (ROWS, CAPTIONS, 8), generator=generator)
-    return Batch(images, texts, None, [str(row) for row in range(ROWS)], step)
-
-
-def rank_batch(step: int, rank: int, world: int) -> Batch:
-    return whole_batch(step).split(world)[rank]
-
-
-def start_weights(spec: ModelSpec, seed: int = 3) -> dict[str, torch.Tensor]:
-    return {name: initial(param, seed) for name, param in spec.params.items()}
-
-
-def make_engine(runtime: Any, case: Case, precision: str = "fp32", aligned: bool = False, **optimizer: Any) -> Any:
-    from compt_megatron.align.alignment import Alignment
-    from compt_megatron.align.projection import Projections
-    from compt_megatron.align.teacher import Teacher
-    from compt_megatron.engine.deepspeed import DeepSpeedEngine
-    from compt_megatron.models.build import build_model
-    from compt_megatron.models.state import load_canonical
-    from compt_megatron.objectives.registry import build_objective
-    from compt_megatron.recipe.load import recipe_from
-
-    zero, micro_batches = case
-    values = {
-        "name": "test",
-        "precision": precision,
-        "data": {"train": "emoji/train", "batch_size": ROWS, "captions": CAPTIONS},
-        "optimizer": {"lr": LR, "weight_decay": DECAY, "betas": list(BETAS), "eps": EPS, **optimizer},
-        "parallel": {"zero": zero, "micro_batches": micro_batches},
-        "links": [{"model": "ViT-B-32", "steps": 100}],
-    }
-    settings = recipe_from(values).link_settings(0)
-    spec = spec_from_config(CONFIG, "tiny")
-    teacher = alignment = projections = None
-    if aligned:
-        teacher_spec = spec_from_config(TEACHER, "teacher")
-        model = build_model(teacher_spec)
-        weights = start_weights(teacher_spec, 7)
-        load_canonical(model, teacher_spec, weights.__getitem__)
-        teacher, alignment = Teacher(model, teacher_spec), Alignment(weight=0.7)
-        projections = Projections.between(spec, teacher_spec, seed=0)
-    return DeepSpeedEngine(
-        spec, settings, build_objective("clip"), runtime, total_steps=100,
-        teacher=teacher, alignment=alignment, projections=projections,
-    )  # fmt: skip
-
-
-def write_start(path: Path) -> Path:
-    from compt_megatron.growth.fresh import write_fresh
-
-    return write_fresh(spec_from_config(CONFIG, "tiny"), path, seed=3)
-
-
-def state_of(engine: Any) -> dict[str, torch.Tensor]:
-    """Full masters and first moments by the student's parameter names. Collective."""
-    state = {}
-    for name, param in engine._student.named_parameters():
-        state[name] = engine._state.master(param).clone()
-        state[f"exp_avg/{name}"] = engine._state.moment(param, "exp_avg").clone()
-        state[f"exp_avg_sq/{name}"] = engine._state.moment(param, "exp_avg_sq").clone()
-    return state
 
 
 def train(rank: int, world: int, start: str, cases: list[Case], precision: str, aligned: bool) -> dict[Case, Any]:
@@ -136,7 +77,9 @@ def open_clip_model(config: dict[str, Any], seed: int) -> torch.nn.Module:
     return model
 
 
-def oracle_loss(model: torch.nn.Module, batch: Batch, teacher: torch.nn.Module | None, maps: torch.nn.ModuleDict) -> Any:
+def oracle_loss(
+    model: torch.nn.Module, batch: Batch, teacher: torch.nn.Module | None, maps: torch.nn.ModuleDict
+) -> Any:
     """The loss of the whole batch written out: mean over caption slots of CLIP's symmetric cross-entropy, and 0.7 x
     the squared distance of unit vectors, towers summed."""
     assert batch.texts is not None
@@ -151,7 +94,10 @@ def oracle_loss(model: torch.nn.Module, batch: Batch, teacher: torch.nn.Module |
         total = total + (cross(logits, labels) + cross(logits.T, labels)) / 2 / CAPTIONS
     if teacher is not None:
         with torch.no_grad():
-            targets = {"image": teacher.encode_image(batch.images), "text": teacher.encode_text(batch.texts.flatten(0, 1))}
+            targets = {
+                "image": teacher.encode_image(batch.images),
+                "text": teacher.encode_text(batch.texts.flatten(0, 1)),
+            }
         for tower, feature in (("image", image), ("text", text)):
             distance = (unit(maps[tower](feature), dim=-1) - unit(targets[tower], dim=-1)).square().sum(-1).mean()
             total = total + 0.7 * distance
@@ -166,7 +112,9 @@ def oracle(aligned: bool) -> dict[str, Any]:
         from compt_megatron.align.projection import Projections
 
         teacher = open_clip_model(TEACHER, 7).eval()
-        projections = Projections.between(spec_from_config(CONFIG, "tiny"), spec_from_config(TEACHER, "teacher"), seed=0)
+        projections = Projections.between(
+            spec_from_config(CONFIG, "tiny"), spec_from_config(TEACHER, "teacher"), seed=0
+        )
         maps = projections.layers
     params = [*model.named_parameters(), *((f"align.{name}", param) for name, param in maps.named_parameters())]
     groups = [
@@ -224,18 +172,20 @@ def compare(found: tuple[Any, ...], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(weight[sure], expected["weights"][name][sure], atol=1e-4, rtol=1e-4)
 
 
-CASES: dict[int, list[Case]] = {
-    1: [(0, 1), (1, 1), (2, 4), (3, 1), (3, 2)],
-    2: [(0, 2), (1, 1), (2, 1), (3, 2)],
-    4: [(0, 1), (1, 2), (2, 2), (3, 2)],
-}
+# Together they cover every stage with one and with several micro-batches, alone and over ranks, with and without a
+# teacher; each process starts once and runs its engines one after another.
+CASES: list[tuple[int, bool, list[Case]]] = [
+    (1, False, [(0, 1), (2, 4), (3, 2)]),
+    (1, True, [(1, 2), (3, 1)]),
+    (2, False, [(0, 2), (1, 1)]),
+    (2, True, [(2, 2), (3, 2)]),
+    (4, True, [(0, 1), (1, 2), (3, 1)]),
+]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("aligned", [False, True], ids=["task", "aligned"])
-def test_every_stage_and_split_is_the_plain_step(world: int, aligned: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "aligned", "cases"), CASES)
+def test_every_stage_and_split_is_the_plain_step(world: int, aligned: bool, cases: list[Case], tmp_path: Path) -> None:
     start = write_start(tmp_path / "start")
-    cases = CASES[world] if world != 4 or not aligned else [(1, 2), (3, 2)]
     found = run_ranks(train, world, str(start), cases, "fp32", aligned)
     expected = oracle(aligned)
     for case in cases:
