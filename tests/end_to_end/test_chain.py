@@ -80,7 +80,7 @@ def _probe(shard: Path, preprocess: Any, tokenizer: Any) -> tuple[torch.Tensor, 
             content = tar.extractfile(member).read()  # type: ignore[union-attr]
             if member.name.endswith(".json"):
                 captions.append(json.loads(content)["captions"][0])
-            elif member.name.endswith(".png"):
+            elif member.name.endswith(".webp"):
                 images.append(preprocess(Image.open(io.BytesIO(content)).convert("RGB")))
     return torch.stack(images[:8]), tokenizer(captions[:8])
 
@@ -220,4 +220,4 @@ def test_resuming_from_a_named_checkpoint_forgets_what_came_after(
     other = ["--run-dir", tmp_path / "other", "--resume", reference / "m" / "initial"]
     wrong = compt("train", recipe, *other, folder=tmp_path)
     assert (wrong.code, wrong.stderr.count("\n")) == (2, 1), wrong
-    assert "a checkpoint of model 'm'" in wrong.stderr
+    assert "checkpoint of another model: it holds 'm'" in wrong.stderr
