@@ -179,7 +179,7 @@ def build_parser() -> Parser:
 
     command = commands.add("plan", plan, "cost, memory and layout of every link", "compt plan cc3m --ranks 8")
     command.recipe()
-    command.add_argument("--ranks", type=int, default=1, metavar="N", help="processes to plan for (default: 1)")
+    command.add_argument("--ranks", type=_count, default=1, metavar="N", help="processes to plan for (default: 1)")
     command.json()
 
     command = commands.add(
@@ -240,9 +240,13 @@ def build_parser() -> Parser:
     command.checkpoint()
     command.add_argument("--data", required=True, action="append", metavar="DATA", help="a data set; may be repeated")
     command.add_argument(
-        "--template", action="append", metavar="TEXT", help="a prompt with {} for the class; may be repeated"
+        "--template",
+        action="append",
+        type=_template,
+        metavar="TEXT",
+        help="a prompt with {} for the class; may be repeated",
     )
-    command.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
+    command.add_argument("--batch-size", type=_count, default=256, metavar="N", help="images at a time (default: 256)")
     command.json()
 
     command = commands.add(
@@ -269,6 +273,18 @@ def build_parser() -> Parser:
     command = commands.add("doctor", doctor, "what this machine has, what is missing for what", "compt doctor")
     command.json()
     return parser
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _template(text: str) -> str:
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '{{}}' for the class name, such as 'a photo of {{}}'")
+    return text
 
 
 def _axis(text: str) -> tuple[str, str]:

@@ -11,9 +11,19 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from compt_megatron.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER_ERROR, StopRequested, UserError
+from compt_megatron.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_RESUMABLE,
+    EXIT_USER_ERROR,
+    RunFolderTaken,
+    StopRequested,
+    UserError,
+)
 
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # what the system, not a bug, refuses
+# what the system refuses because of what or where the user asked, not because of a bug
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_REFUSED |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
 _WAIT_FOR_MAIN_S = 1.0
 # what the bare install does not have: top-level module -> the extra that brings it
 _EXTRA_OF = {
@@ -37,7 +47,7 @@ def guarded(parse: Callable[[], argparse.Namespace]) -> int:
         code, message = _judge(error)
         if (code == EXIT_FAILED and not isinstance(error, KeyboardInterrupt)) or getattr(args, "debug", False):
             traceback.print_exception(error)
-        _tell(args, code, message, started)
+        _tell(args, code, message, started, record=not isinstance(error, RunFolderTaken))
         return code
     _tell(args, EXIT_DONE, "", started)
     return EXIT_DONE
@@ -60,9 +70,10 @@ def _judge(error: BaseException) -> tuple[int, str]:
     return EXIT_FAILED, f"{type(error).__name__}: {line}"
 
 
-def _tell(args: argparse.Namespace, code: int, message: str, started: float) -> None:
+def _tell(args: argparse.Namespace, code: int, message: str, started: float, record: bool = True) -> None:
     """The line on stderr, from rank 0 alone (another rank speaks if rank 0 does not end), and `status.json`."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    given = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    rank = int(given) if given.isdecimal() else 0
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
     folder = _run_folder(args)
     if rank and folder is not None and code != EXIT_DONE:
@@ -74,13 +85,20 @@ def _tell(args: argparse.Namespace, code: int, message: str, started: float) -> 
         return
     if code in (EXIT_USER_ERROR, EXIT_RESUMABLE) or message == "interrupted":
         print(message if message.startswith("compt") else f"compt: {message}", file=sys.stderr)
-    if folder is not None and (launched or folder.is_dir()):
+    if record and folder is not None and (launched or _is_run(folder)):
         from compt_megatron.chain.status import write_status
 
         try:
             write_status(folder, code, message)
         except OSError as error:
             print(f"compt: {folder}: no status.json ({error.strerror})", file=sys.stderr)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "chain.json").is_file()
+    except OSError:  # a name too long, a folder that may not be entered
+        return False
 
 
 def _run_folder(args: argparse.Namespace) -> Path | None:

@@ -12,5 +12,9 @@ class UserError(Exception):
     """The input or the usage is wrong. The message is one line: what, where, and how to mend it. Exit status 2."""
 
 
+class RunFolderTaken(UserError):
+    """Another job is at work in the run folder: nothing is written there, not even how this one ended."""
+
+
 class StopRequested(Exception):
     """A signal asked the job to stop; it wrote a checkpoint and can be started again. Exit status 3."""

@@ -130,6 +130,8 @@ def check_sources(member: Member, where: str) -> None:
     data = member.settings.data
     train = [data.train] if isinstance(data.train, str) else data.train
     for field, sources in (("data.train", train), ("data.eval", data.eval)):
+        if field == "data.train" and not sources:
+            raise UserError(f"{where}: {field}: names no source; give one, such as emoji/train")
         for source in sources:
             _check_source(source, f"{where}: {field}")
 
@@ -148,13 +150,24 @@ def _check_preparation(member: Member, where: str) -> None:
 
 
 def _check_source(source: str, where: str) -> None:
+    if not source.strip():
+        raise UserError(f"{where}: names no source; give one, such as emoji/train")
     if is_built_in(source):
         built_in(source)
-    elif is_local(source):
+        return
+    try:
+        from webdataset.gopen import gopen_schemes
+        from webdataset.shardlists import expand_urls
+    except ImportError:
+        raise UserError(f"{where}: {source}: shards need webdataset; pip install 'compt-megatron[train]'") from None
+    scheme = source.partition("://")[0]
+    if "://" in source and not source.startswith("pipe:") and scheme not in gopen_schemes:
+        raise UserError(f"{where}: {source}: nothing opens {scheme}://; use a path, http(s):// or pipe:<command>")
+    if is_local(source):
         try:
-            from webdataset.shardlists import expand_urls
-        except ImportError:
-            raise UserError(f"{where}: {source}: shards need webdataset; pip install 'compt-megatron[train]'") from None
-        missing = [url for url in expand_urls(source) if is_local(url) and not Path(url).expanduser().exists()]
+            urls = expand_urls(source)
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"{where}: {source}: not a valid shard pattern ({error})") from error
+        missing = [url for url in urls if is_local(url) and not Path(url).expanduser().exists()]
         if missing:
             raise UserError(f"{where}: {missing[0]} does not exist (here or beside the recipe); correct the path")

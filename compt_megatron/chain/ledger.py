@@ -98,7 +98,7 @@ class Ledger:
             for group in ("links", "controls"):
                 values[group] = [_known(Entry, entry) for entry in values.get(group, [])]
             return _known(cls, values)
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        except (ValueError, RecursionError, AttributeError, TypeError) as error:
             raise UserError(f"{path}: not a ledger of compt ({error}); restore it or use another --run-dir") from error
 
 

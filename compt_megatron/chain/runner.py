@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from compt_megatron import __version__
+from compt_megatron.chain.claim import RunFolder
 from compt_megatron.chain.evaluation import Evaluator
 from compt_megatron.chain.export import export
 from compt_megatron.chain.initial import write_initial
@@ -23,9 +24,11 @@ from compt_megatron.chain.ledger import Entry, Ledger
 from compt_megatron.chain.member import Member, control_members, link_members
 from compt_megatron.chain.planner import check_recipe
 from compt_megatron.chain.train import Position, Progress, StopFlag, Watch, train_member
+from compt_megatron.checkpoint.api import check
 from compt_megatron.checkpoint.commit import read_pointer
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.data.source import ShardSource
 from compt_megatron.engine.runtime import Runtime
 from compt_megatron.errors import UserError
 from compt_megatron.observe import numbers
@@ -42,7 +45,8 @@ def run(recipe: Recipe, run_dir: Path, link: str | None = None, resume: str = "a
 
     `resume`: `auto` goes on where the run folder stands, `none` starts anew in an empty folder, a path starts the
     first unfinished link from that checkpoint. Raises UserError for what the user can mend (nothing is written before
-    the whole recipe has been checked) and StopRequested after a signal, with a checkpoint written.
+    the whole recipe has been checked, and what was is removed while there is no checkpoint to go on from) and
+    StopRequested after a signal, with a checkpoint written.
     """
     runtime = Runtime.start()
     run_dir = Path(run_dir)
@@ -53,16 +57,25 @@ def run(recipe: Recipe, run_dir: Path, link: str | None = None, resume: str = "a
         raise UserError(f"--link {link}: the recipe has no such link; it has {', '.join(m.name for m in members)}")
     stop = StopFlag()
     with stop.listening():
-        chain = _Chain(recipe, run_dir, members, runtime, stop, resume)
-        return chain.run(link)
+        folder = RunFolder(run_dir) if runtime.is_main else None
+        try:
+            return _Chain(recipe, run_dir, members, runtime, stop, resume, folder).run(link)
+        except (UserError, OSError):
+            if folder is not None:
+                folder.undo()
+            raise
+        finally:
+            if folder is not None:
+                folder.release()
 
 
 class _Chain:
     """One run folder and the members that are trained in it."""
 
     def __init__(
-        self, recipe: Recipe, run_dir: Path, members: list[Member], runtime: Runtime, stop: StopFlag, resume: str
-    ) -> None:
+        self, recipe: Recipe, run_dir: Path, members: list[Member], runtime: Runtime, stop: StopFlag, resume: str,
+        folder: RunFolder | None,
+    ) -> None:  # fmt: skip
         self.recipe, self.run_dir, self.members = recipe, run_dir, members
         self.runtime, self.stop = runtime, stop
         self.resume_from = None if resume in ("auto", "none") else Path(resume)
@@ -70,8 +83,9 @@ class _Chain:
             raise UserError(f"--resume {resume}: no such checkpoint; name one, or use auto or none")
         known = None
         with runtime.main_first():
-            if runtime.is_main:
-                known = self._open_ledger(resume)
+            if folder is not None:
+                known = self._open_ledger(resume, folder)
+                self._check_inputs(known)
         self.ledger: Ledger = runtime.exchange(known)[0]
         self.console = Console(enabled=runtime.is_main, total_links=len(members))
 
@@ -91,19 +105,14 @@ class _Chain:
 
     # -- the ledger --------------------------------------------------------------------------------------------------
 
-    def _open_ledger(self, resume: str) -> Ledger:
+    def _open_ledger(self, resume: str, folder: RunFolder) -> Ledger:
         """Rank 0: the ledger of the run folder, checked against the recipe, or a new one."""
         known = Ledger.load(self.run_dir)
         if known is not None and resume == "none":
             raise UserError(f"{self.run_dir}: already holds a run; --resume none needs a new --run-dir (or remove it)")
+        folder.claim(known is not None)
+        known = Ledger.load(self.run_dir)  # again: now that nobody else can write it
         if known is None:
-            if self.run_dir.exists() and any(self.run_dir.iterdir()):
-                foreign = sorted(path.name for path in self.run_dir.iterdir() if path.name != "status.json")
-                if foreign:
-                    raise UserError(
-                        f"{self.run_dir}: not empty ({', '.join(foreign[:3])}) and not a run of compt; "
-                        "choose another --run-dir"
-                    )
             known = Ledger(self.recipe.name, "recipe.yaml", self.recipe.digest)
         self._match(known)
         known.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -116,6 +125,26 @@ class _Chain:
         known.save(self.run_dir)
         (self.run_dir / "recipe.yaml").write_text(resolved(self.recipe), encoding="utf-8")
         return known
+
+    def _check_inputs(self, ledger: Ledger) -> None:
+        """Rank 0: open every shard and `init` checkpoint of what is still to be trained, so that damage is known now
+        and not after hours. Counts are kept in RUN/cache."""
+        sizes: dict[str, int] = {}
+        for member in self.members:
+            state = ledger.entry(member.name).state
+            if state == "done":
+                continue
+            if member.init is not None and state == "pending":
+                check(member.init, member.spec)
+            data = member.settings.data
+            train = [(data.train, data.batch_size)] if member.train else []
+            for source, least in (*train, *((source, 1) for source in data.eval)):
+                key = str(source)
+                if key not in sizes:
+                    sizes[key] = ShardSource.open(source, cache_dir=self.run_dir / "cache").samples
+                if sizes[key] < least:
+                    mend = "lower data.batch_size or add data" if least > 1 else "add data or correct data.eval"
+                    raise UserError(f"{member.name}: {key} has {sizes[key]} samples, {least} are needed; {mend}")
 
     def _match(self, ledger: Ledger) -> None:
         """Give every member its entry; refuse a recipe that would train another model under a started one's name, or

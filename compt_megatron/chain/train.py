@@ -165,7 +165,9 @@ def train_member(
     _remove_leftovers(folder, runtime)
     newest = resume_from or read_pointer(folder)
     start_from = newest or run_dir / (entry.initial or "")
-    train_state = _peek(newest) if newest else {}
+    train_state = _peek(newest, member) if newest else {}
+    if resume_from is not None and "step" not in train_state:
+        raise UserError(f"--resume {resume_from}: holds weights only; name it as the link's 'init' to start from them")
     loader = open_loader(
         member, runtime, run_dir / "cache", start_step=train_state.get("step", 0), streams=train_state.get("streams")
     )
@@ -342,9 +344,9 @@ def _remove_leftovers(folder: Path, runtime: Runtime) -> None:
                     shutil.rmtree(path)
 
 
-def _peek(checkpoint: Path) -> dict[str, Any]:
-    """The training position that a run checkpoint records."""
-    reader = open_reader(checkpoint)
+def _peek(checkpoint: Path, member: Member) -> dict[str, Any]:
+    """The training position that a run checkpoint of the member records. UserError if it is another model's."""
+    reader = open_reader(checkpoint, member.spec)
     try:
         return dict(reader.metadata().get("train") or {})
     finally:

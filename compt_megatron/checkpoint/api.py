@@ -99,9 +99,14 @@ def check(path: str | Path, spec: ModelSpec | None = None) -> None:
             _check_no_strangers(path, known)
         for name, info in reader.tensors().items():
             for region in slabs(info, _SLAB):
-                reader.read(name, region)
+                _check_finite(path, name, reader.read(name, region))
     finally:
         reader.close()
+
+
+def _check_finite(path: Path, name: str, values: torch.Tensor) -> None:
+    if values.is_floating_point() and not values.isfinite().all():
+        raise UserError(f"{path}: '{name}' holds values that are not finite; go back to a checkpoint before that")
 
 
 def _check_no_strangers(path: Path, known: dict[str, Any]) -> None:
@@ -142,8 +147,7 @@ def convert(
     `attachments` are files {name: source} that an open_clip folder gets beside its own, the tokenizer's vocabulary.
     Memory: a slab of 64 MiB, or one row, of a tensor. Raises UserError; then nothing is left behind.
     """
-    if Path(src).resolve() == Path(dst).resolve():
-        raise UserError(f"{dst}: is the source itself; choose another destination")
+    keep_apart(src, dst)
     reader = open_reader(src, spec, trust_pickle)
     try:
         assert reader.spec is not None
@@ -170,6 +174,15 @@ def convert(
     finally:
         reader.close()
     return left_out
+
+
+def keep_apart(src: str | Path, dst: str | Path) -> None:
+    """Raise UserError if writing `dst` would replace or change the source `src`."""
+    source, target = Path(src).resolve(), Path(dst).resolve()
+    if source == target:
+        raise UserError(f"{dst}: is the source itself; choose another destination")
+    if source in target.parents or target in source.parents:
+        raise UserError(f"{dst}: the source and the destination lie inside each other; choose another destination")
 
 
 def _as_dtype(name: str, info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

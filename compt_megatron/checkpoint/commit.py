@@ -113,6 +113,8 @@ class Destination:
 
     def __init__(self, path: Path, rank: int, world: int, exchange: Exchange | None, overwrite: bool) -> None:
         self.path = Path(path)
+        if not self.path.name:
+            raise UserError(f"{str(path)!r}: does not name a checkpoint; give the name of a new folder or file")
         self.party = Party(rank, world, exchange)
         self.single = self.path.suffix in SINGLE_FILES
         self.folder = partial_path(self.path)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+import torch
+
 from compt_megatron.checkpoint import megatron, open_clip
 from compt_megatron.checkpoint.commit import is_partial
-from compt_megatron.checkpoint.contract import Exchange, Format, Reader, Writer
+from compt_megatron.checkpoint.contract import Exchange, Format, Reader, Writer, dtype_name
 from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from compt_megatron.errors import UserError
 from compt_megatron.spec.table import ModelSpec
+
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # a new format is one module and one entry here
 FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (megatron, open_clip)}
@@ -22,7 +26,7 @@ def detect(path: str | Path) -> str:
     Raises UserError if it does not exist, is unfinished, holds no checkpoint or holds two.
     """
     path = Path(path)
-    if is_partial(path):
+    if is_partial(path) or is_partial(path.parent):
         raise UserError(f"{path}: an unfinished checkpoint that a killed job left; start that job again or delete it")
     if not path.exists():
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -51,7 +55,15 @@ def open_reader(path: str | Path, spec: ModelSpec | None = None, trust_pickle: b
     Raises UserError if there is no whole checkpoint, it is damaged, or it is one of another model.
     """
     path = Path(path)
-    return FORMATS[detect(path)].open_reader(path, spec, trust_pickle)
+    reader = FORMATS[detect(path)].open_reader(path, spec, trust_pickle)
+    for name, info in reader.tensors().items():
+        if name.startswith("weight/") and info.dtype not in _WEIGHT_DTYPES:
+            reader.close()
+            raise UserError(
+                f"{path}: '{name.removeprefix('weight/')}' is {dtype_name(info.dtype)}; weights must be float32, "
+                "bfloat16, float16 or float64: convert it first"
+            )
+    return reader
 
 
 def open_writer(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compt_megatron.checkpoint.commit import HashedFile
+from compt_megatron.checkpoint.commit import SINGLE_FILES, HashedFile
 from compt_megatron.checkpoint.contract import (
     Exchange,
     Format,
@@ -235,6 +235,8 @@ class MegatronWriter(BoxWriter):
         exchange: Exchange | None = None,
         overwrite: bool = False,
     ) -> None:
+        if path.suffix in SINGLE_FILES:
+            raise UserError(f"{path}: a megatron checkpoint is a folder; name one, or choose --format open_clip")
         super().__init__(path, spec, rank, world, exchange, overwrite)
         self._keys = MegatronKeys(spec)
         self._file = ChunkFile(self.folder, rank)

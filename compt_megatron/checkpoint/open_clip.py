@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,18 +88,23 @@ class _TorchFile:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
-            reason = str(error).strip().splitlines()[0]
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"its pickle asks for {wanted.group(1)}" if wanted else "its pickle is not a plain one"
             raise UserError(
                 f"{path}: holds more than tensors and is not loaded ({reason}); save its state dict alone"
             ) from error
         except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).strip().splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: damaged or no torch file ({reason}); restore it or use another") from error
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
             raise UserError(f"{path}: holds no state dict; give a file of open_clip weights")
-        self._content = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+        found = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+        for key, value in found.items():
+            if not isinstance(key, str) or value.layout is not torch.strided or value.is_quantized:
+                raise UserError(f"{path}: {key!r} is no plain tensor under a name; save a state dict of dense tensors")
+        self._content = found
 
     def tensors(self) -> dict[str, TensorInfo]:
         return {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self._content.items()}

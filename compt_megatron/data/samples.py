@@ -43,9 +43,9 @@ class Decoder:
     """Decodes samples. A sample without what `need` names ("captions", "label" or "image") is broken.
 
     `caption_keys` are the json fields that hold captions (a string or a list of strings each); of the default ones
-    the first that is there counts, of those that a user lists all count. Without such a field the non-empty lines of
-    the `txt` member are the captions; `caption_member` ("json" or "txt") admits one of the two only. The label is the
-    `cls` member, the json field `label`, or the place of the json field `name` in `classes`.
+    the first that is there counts, of those that a user lists all count. Where none are listed and none is there, the
+    non-empty lines of the `txt` member are the captions; `caption_member` ("json" or "txt") admits one of the two
+    only. The label is the `cls` member, the json field `label`, or the place of the json field `name` in `classes`.
     """
 
     def __init__(
@@ -73,7 +73,9 @@ class Decoder:
             captions = self._captions(raw, fields)
             label = self._label(raw, fields)
             if self.need == "captions" and not captions:
-                raise ValueError("no caption (a txt member, or json with 'captions' or 'caption')")
+                keys = [repr(key) for key in self.caption_keys or CAPTION_KEYS]
+                txt = "" if self.caption_keys else "a txt member, or "
+                raise ValueError(f"no caption ({txt}json with {' or '.join(keys)})")
             if self.need == "label" and label is None:
                 raise ValueError("no label (a cls member, or json with an integer 'label')")
             class_name = fields.get("name")
@@ -90,7 +92,8 @@ class Decoder:
             found += [text.strip() for text in values if isinstance(text, str) and text.strip()]
             if found and self.caption_keys is None:
                 break
-        if not found and "txt" in raw.members and self.caption_member != "json":
+        asked = self.caption_keys is not None and self.caption_member != "txt"  # for json fields: no silent txt instead
+        if not found and not asked and "txt" in raw.members and self.caption_member != "json":
             found = [line.strip() for line in raw.members["txt"].decode("utf-8").splitlines() if line.strip()]
         return tuple(found)
 

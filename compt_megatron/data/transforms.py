@@ -116,7 +116,10 @@ def train_transform(
             options["color_jitter"] = tuple(jitter)
     for key in ("scale", "ratio"):
         if options.get(key) is not None:
-            options[key] = tuple(options[key])
+            options[key] = least, most = tuple(options[key])
+            if not 0 < least <= most or (key == "scale" and most > 1):
+                limit = "0 < least <= most <= 1" if key == "scale" else "0 < least <= most"
+                raise UserError(f"data.augment.{key}: [{least}, {most}] is not [least, most] with {limit}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unused augmentation cfg items")  # it lists used ones, too
         transform = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(**options))

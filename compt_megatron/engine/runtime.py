@@ -37,6 +37,10 @@ class Runtime:
         Raises UserError where only a part of the launcher's variables is set.
         """
         _adopt_slurm()
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            if not os.environ.get(name, "0").isdecimal():
+                raise UserError(f"environment: {name} is {os.environ[name]!r}, not a number; unset it or start through "
+                                "torchrun, deepspeed or launchers/")  # fmt: skip
         given = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
         if not dist.is_initialized() and len(given) < 4 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(f"environment: {', '.join(given)} set, but not all four of RANK, WORLD_SIZE, MASTER_ADDR, "

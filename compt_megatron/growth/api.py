@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from compt_megatron.checkpoint.api import keep_apart
 from compt_megatron.checkpoint.commit import SINGLE_FILES
 from compt_megatron.checkpoint.contract import Exchange, Reader, dtype_name, dtype_of
 from compt_megatron.checkpoint.digest import weight_hash
@@ -63,6 +64,8 @@ def grow(
     Raises UserError, with nothing written, if the source is damaged, growth cannot connect the models, or `dst` exists.
     """
     wanted = _dtype(dtype)
+    if not dry_run:
+        keep_apart(src, dst)
     reader = open_reader(src, _spec(source_spec), trust_pickle)
     try:
         source, target = _source_model(reader), _target_model(to)

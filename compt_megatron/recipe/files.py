@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises UserError where the file cannot be read or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, a JSON object is needed")

@@ -59,7 +59,7 @@ def _set(recipe: dict[str, Any], parts: list[str], value: Any, override: str) ->
 
 
 def _index(entries: list[Any], part: str, where: str, override: str) -> int:
-    if part.isdigit():
+    if part.isascii() and part.isdigit():
         if int(part) < len(entries):
             return int(part)
         raise UserError(f"{override}: {where} has {len(entries)} entries, numbered from 0 to {len(entries) - 1}")

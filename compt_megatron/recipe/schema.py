@@ -24,6 +24,7 @@ from compt_megatron.recipe.sections import (
     Precision,
     ReportSettings,
     Section,
+    Seed,
 )
 
 Overrides = dict[str, Any]  # a partial section, merged over the recipe's own
@@ -57,7 +58,7 @@ class Member(Section):
     precision: Precision | None = Field(
         default=None, description="The precision of this one alone; null: the recipe's."
     )
-    seed: int | None = Field(default=None, description="The seed of this one alone; null: the recipe's.")
+    seed: Seed | None = Field(default=None, description="The seed of this one alone; null: the recipe's.")
 
 
 class Link(Member):
@@ -127,6 +128,15 @@ class Control(Member):
         return self
 
 
+# what a run folder holds beside the folders of its members
+_TAKEN = ("cache", "report", "tb", "chain.json", "metrics.jsonl", "recipe.yaml", "status.json")
+
+
+def _names_a_folder(name: str) -> bool:
+    plain = name.isprintable() and "/" not in name and 0 < len(name.encode()) <= 100
+    return plain and not name.startswith((".", "-")) and not name.endswith(".partial") and name not in _TAKEN
+
+
 class Settings(Section):
     """The sections that hold for one link or control: the recipe's, with its own fields over them."""
 
@@ -142,10 +152,10 @@ class Settings(Section):
 class Recipe(Section):
     """A chain run. Load one with `load_recipe`."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
         description="The run's name, also of its folder: letters, digits, dots, dashes and underscores."
     )
-    seed: int = Field(default=0, description="The seed of initial weights, data order, captions and augmentation.")
+    seed: Seed = Field(default=0, description="The seed of initial weights, data order, captions and augmentation.")
     precision: Precision = Field(default="fp32", description="Arithmetic of the forward and backward pass.")
     objective: ObjectiveSettings = Field(default_factory=lambda: ObjectiveSettings(), description="The task loss.")
     data: DataSettings = Field(description="What is trained and evaluated on.")
@@ -166,9 +176,10 @@ class Recipe(Section):
             for index, member in enumerate(members):
                 if member.name in names:
                     raise Misfit((group, index, "name"), f"the name {member.name!r} is taken; give another")
-                if not member.name or member.name.startswith(".") or "/" in member.name:
+                if not _names_a_folder(member.name):
                     raise Misfit(
-                        (group, index, "name"), f"{member.name!r} cannot name a folder; use letters and digits"
+                        (group, index, "name"),
+                        f"{member.name[:40]!r} cannot name a folder of the run; use up to 100 letters and digits",
                     )
                 names.add(member.name)
                 own = [self.links[self.link_index(member.link)]] if isinstance(member, Control) else []

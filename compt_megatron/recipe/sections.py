@@ -13,6 +13,7 @@ Precision = Literal["fp32", "bf16"]
 AlignedTower = Literal["image", "text"]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
@@ -98,8 +99,8 @@ class DataSettings(Section):
     augment: Augmentation = Field(
         default_factory=lambda: Augmentation(), description="Fields of open_clip's `aug_cfg` for training images."
     )
-    caption_key: str | None = Field(
-        default=None, description="Which member of a sample holds its captions, such as `txt` or `json`; null: found."
+    caption_key: Literal["txt", "json"] | None = Field(
+        default=None, description="Which member of a sample holds its captions; null: found."
     )
     caption_fields: list[str] = Field(
         default_factory=list, description="Fields of a JSON member that are captions (strings or lists); empty: found."

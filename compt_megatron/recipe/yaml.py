@@ -41,7 +41,12 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 def parse(text: str) -> Any:
     """The value that YAML `text` holds. Raises yaml.YAMLError, also for a key that is given twice."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except ValueError as error:  # a date that does not exist, a number of thousands of digits
+        raise yaml.YAMLError(f"a value cannot be understood ({error})") from error
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def dump(value: Any) -> str:

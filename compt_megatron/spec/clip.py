@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log, sqrt
+from math import inf, log, sqrt
 from typing import Any
 
 from compt_megatron.errors import UserError
@@ -58,6 +58,9 @@ def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
     for field in ("embed_dim", "vision_cfg"):
         if field not in config:
             raise UserError(f"{name}: the model config has no '{field}'; it must be an open_clip model config")
+    for field in ("vision_cfg", "text_cfg"):
+        if not isinstance(config.get(field, {}), dict) and (field, config[field]) != ("text_cfg", None):
+            raise UserError(f"{name}: '{field}' must be a JSON object, not {config[field]!r}")
     _check_fields(config, _MODEL_READ, name)
     joint = _integer(config, "embed_dim", name)
     activation = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
@@ -70,12 +73,12 @@ def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
         return ModelSpec("vit", name, config, towers, params, joint)
     text_cfg = config["text_cfg"]
     towers["text"] = text = _text_tower(text_cfg, activation, f"{name}: text_cfg")
-    for param in _text_params(text, joint, int(text_cfg.get("vocab_size", 49408))):
+    for param in _text_params(text, joint, _integer(text_cfg, "vocab_size", f"{name}: text_cfg", 49408)):
         params[param.name] = param
-    scale = float(config.get("init_logit_scale") or log(1 / 0.07))
+    scale = _number(config.get("init_logit_scale") or log(1 / 0.07), f"{name}: 'init_logit_scale'")
     params["logit_scale"] = Param("logit_scale", (), "", "post", None, Init("constant", scale))
     if config.get("init_logit_bias") is not None:
-        bias = Init("constant", float(config["init_logit_bias"]))
+        bias = Init("constant", _number(config["init_logit_bias"], f"{name}: 'init_logit_bias'"))
         params["logit_bias"] = Param("logit_bias", (), "", "post", None, bias)
     return ModelSpec("clip", name, config, towers, params, joint)
 
@@ -100,6 +103,16 @@ def _integer(config: dict[str, Any], field: str, where: str, default: int | None
     return value
 
 
+def _number(value: Any, where: str, above: float = -inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < inf:
+        raise UserError(f"{where} must be a number{f' above {above}' if above > -inf else ''}, not {value!r}")
+    return float(value)
+
+
+def _mlp(cfg: dict[str, Any], width: int, where: str) -> int:
+    return int(width * _number(cfg.get("mlp_ratio", 4.0), f"{where}: 'mlp_ratio'", above=0)) or 1
+
+
 def _square(value: Any, where: str) -> int:
     if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
@@ -109,8 +122,11 @@ def _square(value: Any, where: str) -> int:
 
 
 def _norm_eps(config: dict[str, Any], where: str) -> float:
-    kwargs = dict(config.get("norm_kwargs") or {})
-    eps = float(kwargs.pop("eps", 1e-5))
+    kwargs = config.get("norm_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise UserError(f"{where}: 'norm_kwargs' must be a JSON object, not {kwargs!r}")
+    kwargs = dict(kwargs)
+    eps = _number(kwargs.pop("eps", 1e-5), f"{where}: norm_kwargs.eps", above=0)
     if kwargs:
         raise UserError(f"{where}: norm_kwargs may hold only 'eps', not {sorted(kwargs)}")
     return eps
@@ -135,7 +151,7 @@ def _vision_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
         layers=_integer(cfg, "layers", where, 12),
         heads=width // head_dim,
         head_dim=head_dim,
-        mlp=int(width * float(cfg.get("mlp_ratio", 4.0))),
+        mlp=_mlp(cfg, width, where),
         tokens=(image // patch) ** 2 + 1,
         activation=activation,
         norm_eps=_norm_eps(cfg, where),
@@ -162,7 +178,7 @@ def _text_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
         layers=_integer(cfg, "layers", where, 12),
         heads=heads,
         head_dim=width // heads,
-        mlp=int(width * float(cfg.get("mlp_ratio", 4.0))),
+        mlp=_mlp(cfg, width, where),
         tokens=_integer(cfg, "context_length", where, 77),
         activation=activation,
         norm_eps=_norm_eps(cfg, where),
