@@ -16,9 +16,9 @@ from tests.distributed.spawn import run_ranks
 
 FIRST, MORE = 2, 2
 Layout = tuple[int, str]  # ZeRO stage, precision
-LAYOUTS: dict[int, list[Layout]] = {
-    1: [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")],
-    2: [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")],
+LAYOUTS: dict[int, list[Layout]] = {  # together all that train (stage 0 does not train bf16, the recipe refuses it)
+    1: [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")],
+    2: [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")],
 }
 State = dict[str, Any]
 
@@ -202,16 +202,14 @@ def _spoil_gradient(module: torch.nn.Module, inputs: Any, outputs: dict[str, tor
 
 
 POISONED = {
-    1: [(0, 1, "fp32", "gradient"), (1, 1, "bf16", "gradient"), (3, 2, "fp32", "gradient")],
+    1: [(0, 2, "fp32", "gradient"), (1, 1, "bf16", "gradient"), (3, 2, "fp32", "gradient")],
     2: [
+        (0, 1, "fp32", "gradient"),
         (0, 1, "fp32", "image"),
-        (0, 2, "fp32", "gradient"),
         (1, 1, "fp32", "gradient"),
-        (1, 2, "bf16", "image"),
         (2, 1, "bf16", "gradient"),
         (2, 2, "fp32", "image"),
         (3, 1, "fp32", "gradient"),
-        (3, 1, "bf16", "image"),
     ],
 }
 
