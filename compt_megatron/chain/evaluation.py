@@ -19,6 +19,7 @@ from compt_megatron.data.tokenizer import build_tokenizer
 from compt_megatron.data.transforms import eval_transform
 from compt_megatron.engine.deepspeed import DeepSpeedEngine
 from compt_megatron.engine.runtime import Runtime
+from compt_megatron.errors import UserError
 from compt_megatron.evaluate.run import evaluate
 from compt_megatron.models.build import build_model
 from compt_megatron.models.state import load_canonical
@@ -83,7 +84,10 @@ class Evaluator:
     def _rows(self) -> list[dict[str, Any]]:
         if not self._path.is_file():
             return []
-        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        try:
+            return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise UserError(f"{self._path}: damaged ({error}); remove it, or restore it from a copy") from error
 
 
 def open_sets(

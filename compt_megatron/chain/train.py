@@ -166,8 +166,6 @@ def train_member(
     newest = resume_from or read_pointer(folder)
     start_from = newest or run_dir / (entry.initial or "")
     train_state = _peek(newest, member) if newest else {}
-    if resume_from is not None and "step" not in train_state:
-        raise UserError(f"--resume {resume_from}: holds weights only; name it as the link's 'init' to start from them")
     loader = open_loader(
         member, runtime, run_dir / "cache", start_step=train_state.get("step", 0), streams=train_state.get("streams")
     )
@@ -345,9 +343,14 @@ def _remove_leftovers(folder: Path, runtime: Runtime) -> None:
 
 
 def _peek(checkpoint: Path, member: Member) -> dict[str, Any]:
-    """The training position that a run checkpoint of the member records. UserError if it is another model's."""
+    """The training position that a run checkpoint of the member records. UserError if it is another
+    model's, or has no optimizer state."""
     reader = open_reader(checkpoint, member.spec)
     try:
+        if not any(name.startswith("exp_avg/") for name in reader.tensors()):
+            raise UserError(
+                f"{checkpoint}: holds weights only, no training to go on with; name it as the link's 'init'"
+            )
         return dict(reader.metadata().get("train") or {})
     finally:
         reader.close()

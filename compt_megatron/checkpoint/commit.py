@@ -274,7 +274,7 @@ def read_pointer(folder: Path) -> Path | None:
     pointer = folder / "latest"
     if not pointer.is_file():
         return None
-    target = folder / pointer.read_text().strip()
+    target = folder / pointer.read_text(errors="replace").strip()
     if not (target / MANIFEST).is_file():
         raise UserError(f"{pointer}: points at '{target.name}', which is not a whole checkpoint; name one in {folder}")
     return target
