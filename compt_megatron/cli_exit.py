@@ -36,6 +36,8 @@ _EXTRA_OF = {
 def guarded(parse: Callable[[], argparse.Namespace]) -> int:
     """Parse and run a command; its exit status. Only a bug shows a traceback (a mistake does under --debug)."""
     started, args = time.time(), argparse.Namespace()
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
     try:
         args = parse()
         args.command(args)

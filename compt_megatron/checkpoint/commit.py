@@ -198,7 +198,7 @@ def _remove(path: Path) -> None:
 
 
 def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _move_folder(source: Path, target: Path) -> None:

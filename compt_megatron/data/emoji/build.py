@@ -66,6 +66,9 @@ def build_emoji(dst: Path, size: int = 32, work_dir: Path | None = None, log: Lo
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: exists and is not an empty folder; name another or delete it")
     dst = Path(os.path.abspath(dst))
+    above = next(folder for folder in dst.parents if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{dst}: cannot be written there; choose another place")
     _require_renderer()
     with _folder(work_dir) as packages:
         names = load_names(packages, log)
