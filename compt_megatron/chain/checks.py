@@ -52,8 +52,6 @@ def check_layout(member: Member, world: int, where: str) -> None:
             raise UserError(
                 f"{where}: parallel.{axis} must be 1 with the deepspeed engine of this version; use zero: 3"
             )
-    if layout.zero == 0 and member.settings.precision == "bf16":
-        raise UserError(f"{where}: parallel.zero 0 does not train bf16 correctly in DeepSpeed; use zero: 1")
     if layout.zero == 0 and layout.offload != "none":
         raise UserError(f"{where}: parallel.offload needs a sharded optimizer; use zero: 1 or more")
     ranks = world // (layout.tensor * layout.pipeline)

@@ -16,8 +16,8 @@ from tests.distributed.spawn import run_ranks
 
 FIRST, MORE = 2, 2
 Layout = tuple[int, str]  # ZeRO stage, precision
-LAYOUTS: dict[int, list[Layout]] = {  # together all that train (stage 0 does not train bf16, the recipe refuses it)
-    1: [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")],
+LAYOUTS: dict[int, list[Layout]] = {  # together every stage in both precisions
+    1: [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")],
     2: [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")],
 }
 State = dict[str, Any]

@@ -120,7 +120,6 @@ TWO = {"compt-ViT-T-16": 2, "compt-ViT-S-16": 1}
         ({"parallel": {"micro_batches": 3}}, 1, "data.batch_size 1024 is not divisible by 1 ranks x 3 micro-batches"),
         ({}, 3, "data.batch_size 1024 is not divisible by 3 ranks"),
         ({"data.streams": 6}, 2, "data.streams is 6; it must divide data.batch_size 1024"),
-        ({"precision": "bf16", "parallel": {"zero": 0}}, 1, "parallel.zero 0 does not train bf16"),
         ({"objective": {"name": "siglip"}}, 1, "objective 'siglip' needs \"init_logit_bias\""),
         ({"objective": {"name": "classify"}}, 1, "objective 'classify' needs a model without text_cfg"),
         ({"links.1.model": "ViT-B-32"}, 1, "cannot grow from compt-ViT-T-16"),
