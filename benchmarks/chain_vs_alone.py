@@ -51,7 +51,6 @@ def gather(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "macs": first["macs"]["total"],
         "top1": [entry["evaluation"][SET]["top1"] for entry in entries],
         "top5": [entry["evaluation"][SET]["top5"] for entry in entries],
-        "wall_s": [round(entry["wall_s"], 1) for entry in entries],
         "align_at_step0": [sum(entry["align_at_step0"].values()) for entry in entries if entry["align_at_step0"]],
     }
 

@@ -41,8 +41,8 @@ def figures(results: Path = RESULTS) -> str:
 def demo_section(result: dict[str, Any] | None) -> str:
     """The table of the demo, and in one sentence who won.
 
-    `result`: chain_vs_alone.json. Its top1 and top5 are fractions, one a seed; samples, macs and wall_s are a link's
-    own, predecessors not included.
+    `result`: chain_vs_alone.json. Its top1 and top5 are fractions, one a seed; samples and macs are a link's own,
+    predecessors not included.
     """
     if result is None:
         return f"**The demo's chain against its last model alone**: {NOT_YET} (`{DEMO}`)."
@@ -51,7 +51,7 @@ def demo_section(result: dict[str, Any] | None) -> str:
     rows = [_member(link["name"], link) for link in links]
     rows.append(_member(f"{control['name']} (trained alone)", control))
     seeds = result["seeds"]
-    head = ("model", "parameters", "samples", "MACs", "top-1, unseen artist", "top-5", "seconds")
+    head = ("model", "parameters", "samples", "MACs", "top-1, unseen artist", "top-5")
     rate = [f"rate {control['lr']:g}"] if "lr" in control else []
     warmup = [f"warm-up {control['warmup_steps']} steps"] if "warmup_steps" in control else []
     said = f" The control has its own {', '.join([*rate, *warmup])}." if rate or warmup else ""
@@ -60,8 +60,8 @@ def demo_section(result: dict[str, Any] | None) -> str:
             f"**The demo's chain against its last model alone** (measured, {_seeds(seeds)}: mean, least and most):",
             table(head, rows),
             f"{verdict(links[-1], control, chain_macs)}{said}",
-            f"Machine: {machine(result.get('machine'))}. Command: `{result.get('command', DEMO)}`. A link's samples, "
-            "MACs and seconds are its own; MACs include its teacher's.",
+            f"Machine: {machine(result.get('machine'))}. Command: `{result.get('command', DEMO)}`. A link's samples and "
+            "MACs are its own; MACs include its teacher's.",
         ]
     )
 
@@ -93,7 +93,6 @@ def _member(name: str, member: dict[str, Any]) -> Row:
         human(member["macs"]),
         _spread(member.get("top1", [])),
         _spread(member.get("top5", [])),
-        f"{fmean(member['wall_s']):.0f}" if member.get("wall_s") else "-",
     )
 
 
@@ -117,6 +116,7 @@ def _seeds(seeds: list[int]) -> str:
 def other_section(results: Path) -> str:
     """The table of single figures: what, value, how it is known, command."""
     rows = [
+        demo_time_row(_load(results, "demo")),
         *parity_rows(_load(results, "open_clip_parity")),
         *exactness_rows(_load(results, "growth_exactness")),
         *modelled_rows(),
@@ -124,6 +124,15 @@ def other_section(results: Path) -> str:
         ("throughput on GPUs, scaling over nodes", "-", NOT_YET, "-"),
     ]
     return table(("figure", "value", "known by", "command"), rows)
+
+
+def demo_time_row(result: dict[str, Any] | None) -> Row:
+    """How long the demo takes once everything is installed. `result`: demo.json, its seconds one a run."""
+    what = "`make demo` after installation, minutes"
+    if not result:
+        return (what, "-", NOT_YET, "`make demo`")
+    minutes = ", ".join(f"{seconds / 60:.1f}" for seconds in result["seconds"])
+    return (what, minutes, f"measured ({machine(result['machine'])})", "`make demo`")
 
 
 def parity_rows(result: dict[str, Any] | None) -> list[Row]:

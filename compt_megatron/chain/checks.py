@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from compt_megatron.chain.member import Member, control_members, link_members
@@ -10,6 +9,7 @@ from compt_megatron.data.source import built_in, is_built_in
 from compt_megatron.data.tar_reader import is_local
 from compt_megatron.errors import UserError
 from compt_megatron.growth.operators import plan as growth_plan
+from compt_megatron.recipe.files import expanded
 from compt_megatron.recipe.schema import Recipe
 from compt_megatron.spec.table import ModelSpec
 
@@ -166,6 +166,6 @@ def _check_source(source: str, where: str) -> None:
             urls = expand_urls(source)
         except (AssertionError, ValueError) as error:
             raise UserError(f"{where}: {source}: not a valid shard pattern ({error})") from error
-        missing = [url for url in urls if is_local(url) and not Path(url).expanduser().exists()]
+        missing = [url for url in urls if is_local(url) and not expanded(url).exists()]
         if missing:
             raise UserError(f"{where}: {missing[0]} does not exist (here or beside the recipe); correct the path")

@@ -91,7 +91,23 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         )
     if content.get("self") != _own_hash(content):
         raise UserError(f"{file}: its content does not match its own checksum; restore the checkpoint from a copy")
+    if not _well_formed(content):
+        raise UserError(f"{file}: lacks entries that compt.json must have; restore the checkpoint from a copy")
     return content
+
+
+def _well_formed(content: dict[str, Any]) -> bool:
+    """Whether the entries that readers rely on are there in their types; the checksum shows damage, not forgery."""
+    if not all(isinstance(content.get(key), dict) for key in ("spec", "files", "checksums", "tensors")):
+        return False
+    spec, files, sums = content["spec"], content["files"], content["checksums"]
+    if files.keys() != sums.keys() or not all(type(size) is int for size in files.values()):
+        return False
+    try:
+        recorded_tensors(content)
+    except (ValueError, TypeError):
+        return False
+    return isinstance(spec.get("config"), dict) and isinstance(spec.get("name"), str)
 
 
 def recorded_spec(content: dict[str, Any] | None, given: ModelSpec | None, path: Path) -> ModelSpec | None:

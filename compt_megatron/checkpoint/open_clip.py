@@ -93,7 +93,7 @@ class _TorchFile:
             raise UserError(
                 f"{path}: holds more than tensors and is not loaded ({reason}); save its state dict alone"
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged bytes raise nearly anything
             reason = str(error).strip().splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: damaged or no torch file ({reason}); restore it or use another") from error
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -145,7 +145,8 @@ class OpenClipReader:
         found = self._find_spec(spec)
         self.spec: ModelSpec | None = found
         guard.file(file.name)
-        self._state: _StateDict = _SafetensorsFile(file) if _is_safetensors(file) else _TorchFile(file)
+        safe = file.suffix == ".safetensors" or _is_safetensors(file)
+        self._state: _StateDict = _SafetensorsFile(file) if safe else _TorchFile(file)
         self._places = {f"weight/{name}": open_clip_place(found, name) for name in found.params}
         stored = self._state.tensors()
         wrapped = "module." if stored and all(key.startswith("module.") for key in stored) else ""

@@ -69,12 +69,16 @@ class TorchDistFolder:
         self._chunks: dict[str, _Chunks] = {}
         self._located: dict[tuple[str, int], SavedTensor] = {}
         self._descriptors: dict[str, int] = {}
-        for key, value in content.state_dict_metadata.items():
-            if isinstance(value, TensorStorageMetadata):
-                self.tensors[key] = TensorInfo(tuple(value.size), value.properties.dtype)
-                self._chunks[key] = _Chunks([self._chunk(key, chunk, content.storage_data) for chunk in value.chunks])
-            else:
-                self.objects.append(key)
+        try:
+            for key, value in content.state_dict_metadata.items():
+                if isinstance(value, TensorStorageMetadata):
+                    self.tensors[key] = TensorInfo(tuple(value.size), value.properties.dtype)
+                    chunks = [self._chunk(key, chunk, content.storage_data) for chunk in value.chunks]
+                    self._chunks[key] = _Chunks(chunks)
+                else:
+                    self.objects.append(key)
+        except (AttributeError, TypeError, ValueError, IndexError) as error:  # a pickle of other objects than ours
+            raise UserError(f"{path / METADATA}: damaged ({error}); restore it or use another checkpoint") from error
 
     def _chunk(self, key: str, chunk: Any, storage: dict[Any, Any]) -> _Chunk:
         info = storage.get(MetadataIndex(key, chunk.offsets))
@@ -120,8 +124,8 @@ class TorchDistFolder:
                 raise ValueError(f"{values.dtype} where {self.tensors[key].dtype} is expected")
             return values
         except Exception as error:  # torch.load raises nearly anything for damaged bytes
-            name = self.path / chunk.file
-            raise UserError(f"{name}: cannot read '{key}' ({error}); restore it or use another checkpoint") from error
+            name, reason = self.path / chunk.file, " ".join(str(error).split()).partition(". ")[0]
+            raise UserError(f"{name}: cannot read '{key}' ({reason}); restore it or use another checkpoint") from error
 
     def _open(self, name: str) -> int:
         if name not in self._descriptors:

@@ -12,7 +12,7 @@ from typing import Any
 
 from compt_megatron.data.tar_reader import is_local, try_count
 from compt_megatron.errors import UserError
-from compt_megatron.recipe.files import read_json
+from compt_megatron.recipe.files import expanded, read_json
 
 BuiltIn = tuple[list[str], dict[str, int], list[str] | None]
 
@@ -99,7 +99,7 @@ def _basename(shard: str) -> str:
 
 
 def _find(name: str, beside: Path | None) -> Path:
-    given = Path(name).expanduser()
+    given = expanded(name)
     if beside is not None and (beside / given).exists():
         return beside / given
     return given

@@ -11,6 +11,14 @@ from typing import Any
 from compt_megatron.errors import UserError
 
 
+def expanded(name: str) -> Path:
+    """The path `name` with a leading ~ expanded, where there is such a home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def packaged_configs() -> Path:
     """The folder of packaged configs: inside the wheel, or at the top of a source checkout."""
     package = Path(__file__).resolve().parents[1]
@@ -22,7 +30,7 @@ def packaged_configs() -> Path:
 
 def find_file(name: str, beside: Path | None = None) -> Path | None:
     """The file called `name`: as given from `beside` (or the working directory), then among the packaged configs."""
-    given = Path(name).expanduser()
+    given = expanded(name)
     for candidate in ((beside / given) if beside else given, packaged_configs() / given):
         if candidate.is_file():
             return candidate.resolve()
@@ -43,7 +51,7 @@ def find_model_config(name: str, beside: Path | None = None) -> Path:
     Looked for beside the recipe, among the packaged configs (with or without `models/` and `.json`), then by
     open_clip's model names (which need open_clip_torch installed). Raises UserError naming the nearest known config.
     """
-    given = Path(name).expanduser()
+    given = expanded(name)
     folder = (beside / given) if beside else given
     if folder.is_dir():
         for filename in ("open_clip_config.json", "config.json"):

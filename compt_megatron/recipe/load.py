@@ -121,7 +121,11 @@ def _anchored_data(values: dict[str, Any], folder: Path | None) -> dict[str, Any
 
 def _beside(source: str, folder: Path | None) -> str:
     """`source` as an absolute path if it, or the first file of its brace pattern, lies in `folder`; else as given."""
-    if folder is None or ":" in source or Path(source).is_absolute():
+    if folder is None or not source.strip() or ":" in source or Path(source).is_absolute():
         return source
     first = re.sub(r"\{([^{}]*?)(?:\.\.|,)[^{}]*\}", r"\1", source)
-    return str(folder.resolve() / source) if (folder / first).exists() else source
+    try:
+        found = (folder / first).exists()
+    except OSError as error:  # a name too long
+        raise UserError(f"data source {source[:60]!r}: {error.strerror}; correct the path") from error
+    return str(folder.resolve() / source) if found else source

@@ -22,11 +22,12 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         if isinstance(key, str | int | float | bool | None) and key in seen:
             raise RepeatedKey(key, key_node.start_mark.line + 1)
-        if key != "<<":
-            seen.add(key if isinstance(key, str | int | float | bool | None) else repr(key))
+        seen.add(key if isinstance(key, str | int | float | bool | None) else repr(key))
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 

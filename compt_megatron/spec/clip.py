@@ -46,6 +46,9 @@ _ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
 }
 
 
+_MOST, _MOST_LAYERS = 2**24, 1024  # so that a slip of the finger is not a table of a billion rows
+
+
 def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
     """Make the parameter table of an open_clip model config.
 
@@ -91,7 +94,7 @@ def _check_fields(config: dict[str, Any], read: set[str], where: str) -> None:
             raise UserError(
                 f"{where}: {field}={value!r} is not supported; remove it or use {_ONLY_DEFAULT[field][0]!r}"
             )
-        if field.startswith(("timm_", "hf_", "attn_pooler_")):
+        if str(field).startswith(("timm_", "hf_", "attn_pooler_")):
             continue  # settings of a feature that the model name fields above switch off
         raise UserError(f"{where}: unknown or unsupported field '{field}'; see docs/models.md for those supported")
 
@@ -100,6 +103,9 @@ def _integer(config: dict[str, Any], field: str, where: str, default: int | None
     value = config.get(field, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{where}: '{field}' must be a positive integer, not {value!r}")
+    largest = _MOST_LAYERS if field == "layers" else _MOST
+    if value > largest:
+        raise UserError(f"{where}: '{field}' is {value}; no more than {largest} is supported")
     return value
 
 
@@ -116,7 +122,7 @@ def _mlp(cfg: dict[str, Any], width: int, where: str) -> int:
 def _square(value: Any, where: str) -> int:
     if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
         raise UserError(f"{where} must be one positive integer (square), not {value!r}")
     return value
 
