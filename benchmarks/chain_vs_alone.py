@@ -1,10 +1,10 @@
 """The demo's chain against its last model trained alone with the chain's total compute, over several seeds.
 
-    python benchmarks/chain_vs_alone.py [--seeds 0 1 2] [--out DIR]
+    python benchmarks/chain_vs_alone.py [--seeds 0 1 2] [--out DIR] [key=value ...]
 
 Runs the packaged recipe `emoji` (chain and control) once a seed, and writes benchmarks/results/chain_vs_alone.json.
 Runs that are there already (RUNS/seed<N>) are not repeated: an interrupted benchmark goes on. The control's learning
-rate and warm-up are its own (see the recipe), tuned on a seed that is not among these.
+rate and warm-up are its own (see the recipe). The rates of both were chosen on seed 0 (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
             "python": platform.python_version(),
         },
         "versions": {"torch": torch.__version__, **ledgers[0]["versions"]},
-        "command": "python benchmarks/chain_vs_alone.py --seeds " + " ".join(str(seed) for seed in options.seeds),
+        "command": _command(options),
         "eval_set": SET,
         "seeds": options.seeds,
         "links": [
@@ -94,6 +94,11 @@ def main() -> None:
             f"{row['macs'] / 1e12:.2f} T MACs",
         )
     print(f"control {control['name']}: lr {tuned.lr}, warm-up {tuned.warmup_steps} steps; written to {target}")
+
+
+def _command(options: argparse.Namespace) -> str:
+    seeds = [str(seed) for seed in options.seeds]
+    return " ".join(["python benchmarks/chain_vs_alone.py", *options.overrides, "--seeds", *seeds])
 
 
 def _recipe(overrides: list[str]) -> Any:

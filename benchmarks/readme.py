@@ -60,8 +60,8 @@ def demo_section(result: dict[str, Any] | None) -> str:
             f"**The demo's chain against its last model alone** (measured, {_seeds(seeds)}: mean, least and most):",
             table(head, rows),
             f"{verdict(links[-1], control, chain_macs)}{said}",
-            f"Machine: {machine(result.get('machine'))}. Command: `{result.get('command', DEMO)}`. A link's samples and "
-            "MACs are its own; MACs include its teacher's.",
+            f"Machine: {machine(result.get('machine'))}. Command: `{result.get('command', DEMO)}`. A link's samples "
+            "and MACs are its own; MACs include its teacher's.",
         ]
     )
 
