@@ -59,7 +59,8 @@ def spoilt(draw: st.DrawFn, value: Any) -> Any:
         elif how == "remove":
             del here[key]
         elif isinstance(here, dict):
-            here[draw(st.sampled_from([f"{key}s", "grow", "name", "links", 1]))] = draw(st.sampled_from(JUNK))
+            name = draw(st.sampled_from([f"{key}s", "grow", "name", "links", 1]))
+            here[name] = copy.deepcopy(draw(st.sampled_from(JUNK)))
         else:
             here.append(copy.deepcopy(draw(st.sampled_from(JUNK))))
     return value
