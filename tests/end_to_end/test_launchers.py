@@ -67,7 +67,7 @@ def test_a_mistake_under_a_launcher_is_said_once(twenty: Path, tmp_path: Path) -
     said = [line for line in (failed.stdout + failed.stderr).splitlines() if line.startswith("compt:")]
     assert len(said) == 1, failed.stderr
     assert "batch_size 33" in said[0]
-    assert 'File "' + os.fspath(ROOT) not in failed.stderr, "no traceback of ours"
+    assert 'File "' + os.fspath(ROOT / "compt_megatron") not in failed.stderr, "no traceback of ours"
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("user_error", 2)
     assert "compt: " + status["message"] == said[0]
