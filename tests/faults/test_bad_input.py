@@ -21,7 +21,7 @@ import yaml
 
 from compt_megatron import cli
 from compt_megatron.chain.checks import check_recipe
-from compt_megatron.checkpoint.manifest import MANIFEST
+from compt_megatron.checkpoint.manifest import MANIFEST, manifest_bytes
 from compt_megatron.errors import UserError
 from compt_megatron.growth.fresh import write_fresh
 from compt_megatron.recipe.load import load_recipe
@@ -282,6 +282,19 @@ def test_damaged_checkpoint(here: Path, capsys: Capture, file: str, damage: Call
         refused(here, capsys, *[folder if text == "CK" else text for text in command], say=[folder])
     if not (file.endswith("distcp") and damage is _flip):  # `inspect` reads no data, only the description
         refused(here, capsys, "inspect", folder, say=[folder])
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("files", ...), ("files", {"common.pt": None}), ("checksums", []), ("spec", {"name": "s"}), ("tensors", {"a": 1})],
+)
+def test_compt_json_that_says_less_than_it_must(here: Path, capsys: Capture, place: str, value: Any) -> None:
+    """Its own checksum is right: it was written so."""
+    content = json.loads((here / "ck" / MANIFEST).read_text())
+    content |= {place: value}
+    kept = {key: entry for key, entry in content.items() if entry is not ... and key != "self"}
+    (here / "ck" / MANIFEST).write_bytes(manifest_bytes(kept))
+    refused(here, capsys, "inspect", "ck", say=["ck/compt.json: lacks entries"])
 
 
 def _set(key: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[Any, Any]], None]:
