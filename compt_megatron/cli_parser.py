@@ -29,7 +29,9 @@ class Parser(argparse.ArgumentParser):
 
     def recipe(self) -> None:
         self.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a packaged one")
-        self.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as links.2.epochs=4")
+        self.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="recipe fields, such as links.2.epochs=4"
+        )
 
     def checkpoint(self, what: str = "a checkpoint in any format") -> None:
         self.add_argument("checkpoint", metavar="CKPT", help=what)
@@ -84,7 +86,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     args, left = parser.parse_known_args(given)
     if hasattr(args, "overrides"):
         # argparse gives a starred positional only the arguments that directly follow the one before it
-        args.overrides += [text for text in left if "=" in text and not text.startswith("-")]
+        args.overrides = [*args.overrides, *(text for text in left if "=" in text and not text.startswith("-"))]
         left = [text for text in left if "=" not in text or text.startswith("-")]
     if left:
         raise UserError(_unknown(left[0], given[0], parser.commands.parsers.get(given[0], parser)))

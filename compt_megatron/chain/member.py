@@ -10,7 +10,7 @@ from typing import Any
 
 from compt_megatron.recipe.schema import Control, Link, Recipe, Settings
 from compt_megatron.recipe.sections import AlignSettings, GrowSettings
-from compt_megatron.spec.cost import forward_macs
+from compt_megatron.spec.cost import sample_macs
 from compt_megatron.spec.families import load_spec
 from compt_megatron.spec.table import ModelSpec
 
@@ -53,16 +53,12 @@ class Member:
         """Multiply-accumulates of one training sample: forward and backward (2x), the teacher's forward, and the
         second forward of cached gradients, which is counted apart."""
         captions = self.settings.data.captions
-        forward = _forward(self.spec, captions)
+        forward = sample_macs(self.spec, captions)
         return {
             "train": 3.0 * forward,
-            "teacher": float(_forward(teacher, captions)) if teacher is not None else 0.0,
+            "teacher": float(sample_macs(teacher, captions)) if teacher is not None else 0.0,
             "cached_forward": float(forward) if self.settings.parallel.micro_batches > 1 else 0.0,
         }
-
-
-def _forward(spec: ModelSpec, captions: int) -> int:
-    return sum(forward_macs(spec, tower) * (captions if tower == "text" else 1) for tower in spec.towers)
 
 
 def link_members(recipe: Recipe, beside: Path | None) -> list[Member]:

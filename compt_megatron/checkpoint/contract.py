@@ -125,11 +125,6 @@ def checked_region(name: str, shape: tuple[int, ...], region: Region | None) -> 
     return region
 
 
-def region_at(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Region:
-    """The region of a box given by its first element and its sizes."""
-    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-
-
 def region_shape(region: Region) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in region)
 

@@ -65,7 +65,7 @@ class EvalSet:
         self.blank = torch.zeros_like(transform(Image.new("RGB", (32, 32))))
         facts = self._facts()
         if not facts:
-            raise UserError(f"data {self.name!r}: holds no sample; name other shards in data.eval")
+            raise UserError(f"data {self.name!r}: holds no sample; name other shards")
         self.rows = len(facts)
         self.captions: list[tuple[str, ...]] = [fact.captions if fact else () for fact in facts]
         self.class_names = source.classes

@@ -128,7 +128,7 @@ def _expand(spec: str, beside: Path | None) -> list[str]:
             shards.append(str(path))
         else:
             among = f" (one of {len(urls)} in the pattern)" if len(urls) > 1 else ""
-            raise UserError(f"data {spec!r}: {path} does not exist{among}; correct data.train/data.eval in the recipe")
+            raise UserError(f"data {spec!r}: {path} does not exist{among}; correct the path")
     return shards
 
 

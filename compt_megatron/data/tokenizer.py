@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,9 +137,3 @@ def export_tokenizer(
     written = copy.deepcopy(inner)
     written["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = str(dst.absolute() / path.name)
     return written, {path.name: path}
-
-
-def copy_files(files: dict[str, Path], folder: Path) -> None:
-    """Copy the files of `export_tokenizer` into `folder` (the one being written, before it gets its final name)."""
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_samples import png
 from PIL import Image
 
 from compt_megatron.data.seeds import forked_random_state, seed_all
-from compt_megatron.data.tokenizer import build_tokenizer, copy_files, export_tokenizer
+from compt_megatron.data.tokenizer import build_tokenizer, export_tokenizer
 from compt_megatron.data.transforms import ImageTransform, eval_transform, train_transform
 from compt_megatron.errors import UserError
 from compt_megatron.torchvision_mend import ensure_torchvision
@@ -110,7 +111,8 @@ def test_an_export_tokenizes_in_open_clip_from_anywhere(tmp_path: Path, monkeypa
     final, partial, moved = (tmp_path / name for name in ("export", "export.partial", "moved"))
     config, files = export_tokenizer(EMOJI, final)
     partial.mkdir()
-    copy_files(files, partial)
+    for name, source in files.items():
+        shutil.copyfile(source, partial / name)
     model = open_clip.model.CLIP(EMOJI["embed_dim"], EMOJI["vision_cfg"], EMOJI["text_cfg"])
     torch.save(model.state_dict(), partial / "open_clip_pytorch_model.bin")
     (partial / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
