@@ -39,7 +39,7 @@ $(VENV)/.train: $(VENV)/.python pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[train,data,dev]'
+	$(BIN)/pip install --quiet --editable '.[train,data,llm,dev]'
 	@touch $@ $(VENV)/.train
 
 docs: $(VENV)/.python

@@ -84,10 +84,29 @@ class OpenReader(Protocol):
     def __call__(self, path: Path, spec: ModelSpec | None, trust_pickle: bool) -> Reader: ...
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How many model-parallel ranks a written checkpoint is laid out for."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one rank is asked to write: a checkpoint of `spec` at `path`, together with the other ranks of `world`."""
+
+    path: Path
+    spec: ModelSpec
+    rank: int = 0
+    world: int = 1
+    exchange: Exchange | None = None
+    overwrite: bool = False
+    layout: Layout = Layout()
+
+
 class OpenWriter(Protocol):
-    def __call__(
-        self, path: Path, spec: ModelSpec, rank: int, world: int, exchange: Exchange | None, overwrite: bool
-    ) -> Writer: ...
+    def __call__(self, task: Task) -> Writer: ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from compt_megatron.checkpoint import megatron, open_clip
 from compt_megatron.checkpoint.commit import is_partial
-from compt_megatron.checkpoint.contract import Exchange, Format, Reader, Writer, dtype_name
+from compt_megatron.checkpoint.contract import Exchange, Format, Layout, Reader, Task, Writer, dtype_name
 from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from compt_megatron.errors import UserError
 from compt_megatron.spec.table import ModelSpec
@@ -75,11 +75,13 @@ def open_writer(
     world: int = 1,
     exchange: Exchange | None = None,
     overwrite: bool = False,
+    layout: Layout | None = None,
 ) -> Writer:
     """Begin a checkpoint of model `spec`; it appears at `path` when committed.
 
     Ranks that write one checkpoint together pass their `rank` of `world` and an all-gather of objects, and make all
-    collective calls (this one, declare, commit) together. Raises UserError if the format is unknown or read only, or
+    collective calls (this one, declare, commit) together. `layout`: the model-parallel ranks that the files are cut for,
+    where the format cuts its files. Raises UserError if the format is unknown or read only, or
     the path is taken.
     """
     if format not in FORMATS:
@@ -89,4 +91,4 @@ def open_writer(
     opener = FORMATS[format].open_writer
     if opener is None:
         raise UserError(f"checkpoint format '{format}' can only be read; choose another with --format")
-    return opener(Path(path), spec, rank, world, exchange, overwrite)
+    return opener(Task(Path(path), spec, rank, world, exchange, overwrite, layout or Layout()))

@@ -16,9 +16,9 @@ import torch
 
 from compt_megatron.checkpoint.commit import SINGLE_FILES, HashedFile
 from compt_megatron.checkpoint.contract import (
-    Exchange,
     Format,
     Region,
+    Task,
     TensorInfo,
     checked_region,
     region_shape,
@@ -226,20 +226,12 @@ class MegatronWriter(BoxWriter):
 
     format_name = "megatron"
 
-    def __init__(
-        self,
-        path: Path,
-        spec: ModelSpec,
-        rank: int = 0,
-        world: int = 1,
-        exchange: Exchange | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        if path.suffix in SINGLE_FILES:
-            raise UserError(f"{path}: a megatron checkpoint is a folder; name one, or choose --format open_clip")
-        super().__init__(path, spec, rank, world, exchange, overwrite)
-        self._keys = MegatronKeys(spec)
-        self._file = ChunkFile(self.folder, rank)
+    def __init__(self, task: Task) -> None:
+        if task.path.suffix in SINGLE_FILES:
+            raise UserError(f"{task.path}: a megatron checkpoint is a folder; name one, or choose --format open_clip")
+        super().__init__(task)
+        self._keys = MegatronKeys(task.spec)
+        self._file = ChunkFile(self.folder, task.rank)
         self._pending: dict[tuple[str, int], _Pending] = {}
         self._pending_bytes = 0
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from compt_megatron.checkpoint.commit import HashedFile, file_hash
 from compt_megatron.checkpoint.contract import (
-    Exchange,
     Format,
     Region,
+    Task,
     TensorInfo,
     checked_region,
     region_shape,
@@ -232,19 +232,11 @@ class OpenClipWriter(BoxWriter):
 
     format_name = "open_clip"
 
-    def __init__(
-        self,
-        path: Path,
-        spec: ModelSpec,
-        rank: int = 0,
-        world: int = 1,
-        exchange: Exchange | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        self._places: dict[str, FilePlace] = {name: open_clip_place(spec, name) for name in spec.params}
+    def __init__(self, task: Task) -> None:
+        self._places: dict[str, FilePlace] = {name: open_clip_place(task.spec, name) for name in task.spec.params}
         self._file: FlatFile | None = None
-        super().__init__(path, spec, rank, world, exchange, overwrite)
-        self.copies = 2 if path.suffix == ".pt" else 1
+        super().__init__(task)
+        self.copies = 2 if task.path.suffix == ".pt" else 1
 
     def _accept(self, tensors: dict[str, TensorInfo]) -> None:
         for name in tensors:

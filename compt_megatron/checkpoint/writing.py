@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from compt_megatron.checkpoint.commit import Destination
-from compt_megatron.checkpoint.contract import Exchange, TensorInfo, dtype_name, split_name
+from compt_megatron.checkpoint.contract import Task, TensorInfo, dtype_name, split_name
 from compt_megatron.checkpoint.manifest import make_manifest
 from compt_megatron.errors import UserError
-from compt_megatron.spec.table import ModelSpec
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 FileRow = tuple[str, str, int]  # name, xxh3 hex, bytes
@@ -26,11 +25,9 @@ class BoxWriter(ABC):
     format_name: str
     copies = 1  # how often the tensors lie on the disk while being written
 
-    def __init__(
-        self, path: Path, spec: ModelSpec, rank: int, world: int, exchange: Exchange | None, overwrite: bool
-    ) -> None:
-        self.spec = spec
-        self.destination = Destination(path, rank, world, exchange, overwrite)
+    def __init__(self, task: Task) -> None:
+        self.spec, self.layout = task.spec, task.layout
+        self.destination = Destination(task.path, task.rank, task.world, task.exchange, task.overwrite)
         self.party = self.destination.party
         self.folder = self.destination.folder
         self.declared: dict[str, TensorInfo] = {}

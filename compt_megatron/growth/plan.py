@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -147,6 +147,8 @@ class TensorPlan:
 class GrowthPlan:
     """How every tensor of `target` is made from tensors of `source`.
 
+    `tensors`: the weights. `states`: grown optimizer state, by its prefix on the checkpoint boundary ("master",
+    "exp_avg", "exp_avg_sq", "step"), made from source tensors of the same prefix; empty for a fresh optimizer.
     `axes`: the mode used per axis, those that differ by tower as "tower.axis"; `depth`: the depth mode.
     """
 
@@ -158,6 +160,13 @@ class GrowthPlan:
     seed: int
     allow_approximate: bool
     tensors: dict[str, TensorPlan]
+    states: dict[str, dict[str, TensorPlan]] = field(default_factory=dict)
+
+    def boundary(self) -> Iterator[tuple[str, str, TensorPlan]]:
+        """Everything that is written: prefix on the checkpoint boundary, canonical name, plan; weights first."""
+        for prefix, tensors in (("weight", self.tensors), *self.states.items()):
+            for name, tensor in tensors.items():
+                yield prefix, name, tensor
 
     @property
     def exact(self) -> bool:

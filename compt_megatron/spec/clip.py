@@ -6,7 +6,7 @@ from math import inf, log, sqrt
 from typing import Any
 
 from compt_megatron.errors import UserError
-from compt_megatron.spec.table import TOKENIZER_FIELDS, Dim, Init, ModelSpec, Param, Tower
+from compt_megatron.spec.table import TOKENIZER_FIELDS, Dim, Init, ModelSpec, Param, Tower, block_table
 
 # open_clip config fields that change nothing about the function we build; any other field must be one we read.
 _VISION_READ = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"} | {
@@ -73,7 +73,7 @@ def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
     for param in _vision_params(vision, joint, patch):
         params[param.name] = param
     if config.get("text_cfg") is None:
-        return ModelSpec("vit", name, config, towers, params, joint)
+        return ModelSpec("vit", name, config, towers, params, joint, _identity(config))
     text_cfg = config["text_cfg"]
     towers["text"] = text = _text_tower(text_cfg, activation, f"{name}: text_cfg")
     for param in _text_params(text, joint, _integer(text_cfg, "vocab_size", f"{name}: text_cfg", 49408)):
@@ -83,7 +83,15 @@ def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
     if config.get("init_logit_bias") is not None:
         bias = Init("constant", _number(config["init_logit_bias"], f"{name}: 'init_logit_bias'"))
         params["logit_bias"] = Param("logit_bias", (), "", "post", None, bias)
-    return ModelSpec("clip", name, config, towers, params, joint)
+    return ModelSpec("clip", name, config, towers, params, joint, _identity(config))
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what only says how text becomes tokens."""
+    if not isinstance(config.get("text_cfg"), dict):
+        return config
+    text_cfg = {key: value for key, value in config["text_cfg"].items() if key not in TOKENIZER_FIELDS}
+    return {**config, "text_cfg": text_cfg}
 
 
 def _check_fields(config: dict[str, Any], read: set[str], where: str) -> None:
@@ -232,11 +240,7 @@ def _block_params(tower: Tower) -> list[Param]:
         ("mlp.c_proj.weight", (write, mlp_out), proj, 1),
         ("mlp.c_proj.bias", (write,), Init("uniform", mlp**-0.5), None),
     ]
-    return [
-        Param(f"{tower.block_prefix}.{layer}.{suffix}", dims, tower.name, "layer", layer, init, tensor_dim)
-        for layer in range(tower.layers)
-        for suffix, dims, init, tensor_dim in rows
-    ]
+    return block_table(tower, rows)
 
 
 def _norm(name: str, tower: Tower, stage: Any) -> list[Param]:

@@ -4,7 +4,9 @@ Growth, checkpoint formats, the planner, sharding and initialisation all read th
 knows a parameter's name or shape. The axes follow "Growth, mathematically" in docs/growth.md:
 
 - `embed` is the residual axis: the width that a tower's residual stream has everywhere;
-- `heads` (head-major: head h owns rows h*head_dim .. (h+1)*head_dim) and `mlp` are hidden axes of one block;
+- `heads` (head-major: head h owns rows h*head_dim .. (h+1)*head_dim), `kv_heads` (the same for the keys and values of
+  query groups, where there are fewer of them than heads), `head_dim` (norms inside a head) and `mlp` are hidden axes of
+  one block;
 - `joint` is the shared image-text embedding (or the classes of a plain ViT);
 - every other axis (`vocab`, `tokens`, `channels`, `patch`) never grows.
 """
@@ -19,6 +21,8 @@ from typing import Any, Literal
 
 Role = Literal["write", "read", "norm_scale", "norm_bias", "free"]
 Stage = Literal["pre", "layer", "post"]
+
+Part = Literal["q", "k", "v"]
 
 # fields of open_clip's text_cfg that say how text becomes tokens, not what the model is
 TOKENIZER_FIELDS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs")
@@ -56,6 +60,7 @@ class Param:
     layer: int | None  # the layer's index within its tower where stage is "layer"
     init: Init
     tensor_dim: int | None = None  # the dimension that tensor parallelism splits
+    part: Part | None = None  # of attention's input projection: the query, key or value of it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,6 +77,15 @@ class Param:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary positions: base frequency, kind of scaling ("default", "linear", "llama3", "yarn", ...), its numbers."""
+
+    theta: float
+    kind: str = "default"
+    scaling: tuple[tuple[str, Any], ...] = ()  # sorted by name
+
+
+@dataclass(frozen=True)
 class Tower:
     """The shape of one transformer tower. Sizes are counts; `tokens` is the sequence length the tower runs at."""
 
@@ -82,25 +96,37 @@ class Tower:
     head_dim: int
     mlp: int
     tokens: int
-    activation: Literal["gelu", "quick_gelu"]
+    activation: str  # "gelu", "quick_gelu"; a language model's as its config calls it
     norm_eps: float
     causal: bool
-    pool: Literal["tok", "avg", "argmax", "eos", "first", "last"]
+    pool: Literal["tok", "avg", "argmax", "eos", "first", "last", "none"]  # "none": a language model
     ln_pre: bool  # a LayerNorm before the first block (CLIP's vision tower)
     norm_after_pool: bool
     block_prefix: str  # canonical prefix of layer i is f"{block_prefix}.{i}."
+    kv_heads: int = 0  # query groups; 0: as many as heads
+    norm: Literal["layer", "rms"] = "layer"
+    gated: bool = False  # the MLP multiplies an activated gate (SwiGLU)
+    rope: Rope | None = None  # None: learned positions
+    tied: bool = False  # the language-model head is the token embedding
+    head_norm: bool = False  # queries and keys are normalised inside each head (Qwen3)
+
+    @property
+    def groups(self) -> int:
+        """Query groups: heads that share one key and value count as one."""
+        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole model. `config` is the ecosystem's own config, verbatim (open_clip's JSON here)."""
+    """A whole model. `config` is the ecosystem's own config, verbatim: open_clip's JSON, Hugging Face's config.json."""
 
-    family: str  # "clip" (two towers) or "vit" (the vision tower alone)
+    family: str  # "clip" (two towers), "vit" (the vision tower alone), "gpt2" or "llama" (a text tower alone)
     name: str
     config: dict[str, Any]
     towers: dict[str, Tower]
     params: dict[str, Param]  # in the order of the model, keyed by canonical name
-    joint: int  # size of the shared embedding, or classes of a plain ViT
+    joint: int  # size of the shared embedding, classes of a plain ViT, 0 for a language model
+    identity: dict[str, Any]  # what of the config makes it this model and no other
 
     @property
     def numel(self) -> int:
@@ -109,14 +135,33 @@ class ModelSpec:
 
     @property
     def digest(self) -> str:
-        """A short hash of the config: two checkpoints with the same digest hold the same model.
+        """A short hash of `identity`: two checkpoints with the same digest hold the same model.
 
-        How the tokenizer is found (a path, usually) is no part of it.
+        How the tokenizer is found (a path, usually) is no part of it, nor what a config says about training.
         """
-        config = {**self.config}
-        if isinstance(config.get("text_cfg"), dict):
-            config["text_cfg"] = {
-                key: value for key, value in config["text_cfg"].items() if key not in TOKENIZER_FIELDS
-            }
-        text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it predicts tokens: one tower, whose tokens are not pooled."""
+        return list(self.towers) == ["text"] and self.towers["text"].pool == "none"
+
+
+def block_table(tower: Tower, rows: list[tuple[str, tuple[Dim, ...], Init, int | None]]) -> list[Param]:
+    """The parameters of all blocks of a tower; `rows`: name within the block, dimensions, distribution, tensor_dim."""
+    parts: dict[str, Part] = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
+    return [
+        Param(
+            f"{tower.block_prefix}.{layer}.{suffix}",
+            dims,
+            tower.name,
+            "layer",
+            layer,
+            init,
+            tensor_dim,
+            parts.get(suffix.split(".")[-2]),
+        )
+        for layer in range(tower.layers)
+        for suffix, dims, init, tensor_dim in rows
+    ]
