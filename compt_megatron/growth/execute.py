@@ -118,7 +118,12 @@ class Maker:
         piece: Piece = part.piece
         if isinstance(piece, Copy):
             value = self._read(piece.source, _source_region(part, piece.start, inside))
-            return value if piece.scale == 1.0 else value.double() * piece.scale
+            value = value if piece.scale == 1.0 else value.double() * piece.scale
+            if piece.noise is not None:
+                param = self._plan.target.params[tensor.name]
+                fresh = initial(param, self._plan.seed, _source_region(part, piece.noise.start, inside))
+                value = value.double() + piece.noise.scale * fresh.double()
+            return value
         if isinstance(piece, Reduce):
             return self._reduce(part, piece, inside)
         if isinstance(piece, Random):
@@ -131,6 +136,8 @@ class Maker:
     def _reduce(self, part: Part, piece: Reduce, inside: Region) -> torch.Tensor:
         region = list(_source_region(part, piece.start, inside))
         region[piece.dim] = slice(0, piece.size)
+        if piece.across is not None:
+            region[piece.across[0]] = slice(0, piece.across[1])
         key = (piece, tuple((side.start, side.stop) for side in region))
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, self._means(piece, tuple(region)))
@@ -154,7 +161,11 @@ class Maker:
                 shape[piece.dim] = -1
                 contrast = tree_sum(rows * weights.reshape(shape), piece.dim)
             pieces.append(torch.stack([mean, contrast]))
-        return torch.cat(pieces, dim=1 + _block_dim(region, piece.dim)) if len(pieces) > 1 else pieces[0]
+        found = torch.cat(pieces, dim=1 + _block_dim(region, piece.dim)) if len(pieces) > 1 else pieces[0]
+        if piece.across is None:
+            return found
+        dim, size = piece.across
+        return tree_sum(found, 1 + dim) / size
 
     def _deviations(self, contrast: Contrast) -> torch.Tensor:
         """gamma - mean(gamma), in fp64."""

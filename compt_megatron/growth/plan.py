@@ -20,17 +20,33 @@ Exactness = Literal["exact", "approximate", "new"]
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Adds scale * the target parameter's fresh value at start + (i - box start)."""
+
+    scale: float
+    start: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Copy:
-    """Element i of the box = scale * source[start + (i - box start)]."""
+    """Element i of the box = scale * source[start + (i - box start)] (and noise, if given).
+
+    `gradient`: the gradient of such an element in units of that of its source element (moments.py). `again`: the
+    element is a copy of one that another box copies too.
+    """
 
     kind: ClassVar[str] = "copy"
     source: str
     start: tuple[int, ...]
     scale: float = 1.0
+    noise: Noise | None = None
+    gradient: float = 1.0
+    again: bool = False
 
     def __str__(self) -> str:
         place = f" from {list(self.start)}" if any(self.start) else ""
-        return f"copy {self.source}{place}{_times(self.scale)}"
+        noise = f" {'+' if self.noise.scale > 0 else '-'} noise * {abs(self.noise.scale):g}" if self.noise else ""
+        return f"copy {self.source}{place}{_times(self.scale)}{noise}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,8 @@ class Contrast:
 class Reduce:
     """Row j along `dim` of the box = scale * mean of all `size` source rows along `dim` (and a contrast, if given).
 
-    `start`: the source index of the box's first element in the other dimensions; 0 in `dim`.
+    `start`: the source index of the box's first element in the other dimensions; 0 in `dim`. `across`: a second
+    dimension, (index, size), over which those means are averaged in turn.
     """
 
     kind: ClassVar[str] = "reduce"
@@ -60,10 +77,12 @@ class Reduce:
     start: tuple[int, ...]
     scale: float = 1.0
     contrast: Contrast | None = None
+    across: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         more = f" ± kappa * contrast by {self.contrast.gamma}" if self.contrast else ""
-        return f"mean of {self.source} over dimension {self.dim}{more}{_times(self.scale)}"
+        over = f"dimension {self.dim}" if self.across is None else f"dimensions {self.dim} and {self.across[0]}"
+        return f"mean of {self.source} over {over}{more}{_times(self.scale)}"
 
 
 @dataclass(frozen=True)
