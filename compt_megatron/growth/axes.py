@@ -15,6 +15,7 @@ from compt_megatron.growth.modes.identity import Identity
 from compt_megatron.growth.modes.joint_pad import JointPad
 from compt_megatron.growth.modes.mean_pad import MeanPad
 from compt_megatron.growth.modes.tile import Tile
+from compt_megatron.growth.modes.zero_pad import ZeroPad
 from compt_megatron.growth.segments import Segment, Site
 
 
@@ -31,7 +32,7 @@ class AxisMode(Protocol):
 
 
 MODES: dict[str, AxisMode] = {
-    mode.name: mode for mode in (Identity(), MeanPad(), Tile(), Append(), Corner(), JointPad())
+    mode.name: mode for mode in (Identity(), MeanPad(), ZeroPad(), Tile(), Append(), Corner(), JointPad())
 }
 
 

@@ -10,7 +10,7 @@ from compt_megatron.spec.table import ModelSpec, Tower
 
 # sizes that may only grow, and fields that must be the same: (attribute of a tower, how a user calls it)
 _GROWING = (("width", "width"), ("layers", "number of layers"), ("heads", "number of heads"))
-_GROWING_INSIDE = (("head_dim", "head size"), ("mlp", "MLP size"))
+_GROWING_INSIDE = (("groups", "number of key-value heads"), ("head_dim", "head size"), ("mlp", "MLP size"))
 _SAME = (
     ("activation", "activation"),
     ("norm_eps", "norm eps"),
@@ -18,7 +18,14 @@ _SAME = (
     ("ln_pre", "norm before the first block (no_ln_pre)"),
     ("norm_after_pool", "place of the final norm (final_ln_after_pool)"),
     ("causal", "attention mask"),
+    ("norm", "kind of norm"),
+    ("gated", "kind of MLP"),
+    ("head_norm", "norm inside the heads"),
+    ("rope", "rotary positions (rope_theta, rope_scaling)"),
+    ("tied", "head (tie_word_embeddings)"),
 )
+# rotary scalings that do not look at the longest sequence: without weights for positions, it may differ
+_ANY_LENGTH = ("default", "linear", "llama3")
 
 
 def check_growable(source: ModelSpec, target: ModelSpec) -> None:
@@ -26,7 +33,7 @@ def check_growable(source: ModelSpec, target: ModelSpec) -> None:
     pair = f"cannot grow {source.name} into {target.name}"
     if source.family != target.family:
         raise UserError(
-            f"{pair}: a {source.family} model is not a {target.family} model; both configs need the same towers"
+            f"{pair}: a {source.family} model is not a {target.family} model; both configs must be of one family"
         )
     for name, small in source.towers.items():
         _check_tower(f"{pair}: {name} tower", small, target.towers[name])
@@ -74,6 +81,14 @@ def _check_inputs(pair: str, source: ModelSpec, target: ModelSpec) -> None:
 def _input_sizes(spec: ModelSpec) -> dict[str, Any]:
     """What a model reads, by the words a user knows it by; patch first, as it explains the number of tokens."""
     sizes: dict[str, Any] = {}
+    if spec.is_language_model:
+        tower = spec.towers["text"]
+        sizes["vocabulary size"] = next(iter(spec.params.values())).shape[0]
+        if tower.rope is None or tower.rope.kind not in _ANY_LENGTH:
+            sizes["longest sequence"] = tower.tokens
+        sizes["biases"] = spec.identity.get("biases")
+        sizes["attention window"] = spec.identity.get("window")
+        return sizes
     patch = spec.params["visual.conv1.weight"].shape[-1]
     sizes["patch size"] = patch
     sizes["image size"] = isqrt(spec.towers["vision"].tokens - 1) * patch

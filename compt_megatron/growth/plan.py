@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, ClassVar, Literal
 
+from compt_megatron.growth.request import Moments
 from compt_megatron.spec.table import ModelSpec
 
 Box = tuple[tuple[int, int], ...]  # per dimension: first index, and one past the last
@@ -179,6 +180,8 @@ class GrowthPlan:
     seed: int
     allow_approximate: bool
     tensors: dict[str, TensorPlan]
+    noise: float = 0.0
+    moments: Moments = "fresh"
     states: dict[str, dict[str, TensorPlan]] = field(default_factory=dict)
 
     def boundary(self) -> Iterator[tuple[str, str, TensorPlan]]:

@@ -104,6 +104,8 @@ def _check(request: Request) -> None:
     pair = f"{source.name} -> {target.name}: operator 'reference'"
     if source.family != "clip":
         raise UserError(f"{pair} is the published code for CLIP models, not for family {source.family!r}; use 'corner'")
+    if request.moments != "fresh":
+        raise UserError(f"{pair} has no rule for optimizer state; use --moments fresh")
     if request.axes:
         raise UserError(f"{pair} has one rule for every axis; leave --set {next(iter(request.axes))}=... out")
     if request.depth not in (None, "by_name", "interleave"):

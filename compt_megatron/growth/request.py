@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from compt_megatron.spec.table import ModelSpec
+
+Moments = Literal["fresh", "grow", "grow-all"]  # "grow-all": later copies keep their first moments too
 
 
 @dataclass(frozen=True)
@@ -17,3 +20,5 @@ class Request:
     axes: dict[str, str]
     seed: int
     allow_approximate: bool
+    noise: float = 0.0  # parts the copies that `tile` makes, in units of a fresh value
+    moments: Moments = "fresh"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from typing import Literal
 
-from compt_megatron.growth.plan import Constant, Contrast, Copy, Part, Piece, Random, Reduce
+from compt_megatron.growth.plan import Constant, Contrast, Copy, Noise, Part, Piece, Random, Reduce
 from compt_megatron.spec.table import Param, Tower
 
 
@@ -15,7 +16,9 @@ class Segment:
     """Target indices [start, stop) of one dimension.
 
     `old`: source indices from `source` on, times `scale`; `mean`: the mean of all source rows times `scale`; `free`: a
-    fresh value times `scale`; `value`: the number `value`. `contrast`: see the pieces of plan.py.
+    fresh value times `scale`; `value`: the number `value`. `contrast`: see the pieces of plan.py. Of `old` only:
+    `gradient`, that of an element in units of its source element's (None: 1 / scale); `copy`, how many earlier
+    segments have the same source indices; `noise`, times a fresh value, that of index `noise_at` for the first element.
     """
 
     start: int
@@ -25,6 +28,15 @@ class Segment:
     scale: float = 1.0
     contrast: Contrast | None = None
     value: float = 0.0
+    gradient: float | None = None
+    copy: int = 0
+    noise: float = 0.0
+    noise_at: int = 0
+
+    @property
+    def slope(self) -> float:
+        """The gradient of an element in units of its source element's."""
+        return 1 / self.scale if self.gradient is None else self.gradient
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,12 @@ class Site:
     source: Tower | None  # the towers the parameter belongs to; None for parameters of the whole model
     target: Tower | None
     pre_gamma: str | None = None  # the scale of the norm before the first block, where the tower has one
+    noise: float = 0.0  # how far copies of a unit are pushed apart, in units of a fresh value
+
+    @property
+    def tied_norm(self) -> bool:
+        """Whether this is the norm whose output is multiplied by the token embedding: the head of a tied model."""
+        return self.target is not None and self.target.tied and self.param.stage == "post"
 
     @property
     def axis(self) -> str:
@@ -99,40 +117,24 @@ def _piece(param: Param, source: str, source_shape: tuple[int, ...], meeting: tu
     start = tuple(segment.source for segment in meeting)
     means = [dim for dim, segment in enumerate(meeting) if segment.what == "mean"]
     if not means:
-        return Copy(source, start, scale)
+        slope = prod(segment.slope for segment in meeting)
+        return Copy(source, start, scale, _noise(param, meeting), slope, any(segment.copy for segment in meeting))
     assert len(means) == 1, f"{param.name}: two averaged dimensions"
     return Reduce(source, means[0], source_shape[means[0]], start, scale, meeting[means[0]].contrast)
 
 
-def repeated(site: Site, times: int, scale: float = 1.0) -> list[Segment]:
-    """The source's indices `times` times over."""
-    return [Segment(k * site.old, (k + 1) * site.old, "old", scale=scale) for k in range(times)]
+def _noise(param: Param, meeting: tuple[Segment, ...]) -> Noise | None:
+    noisy = [segment for segment in meeting if segment.noise]
+    assert len(noisy) <= 1, f"{param.name}: noise on two dimensions"
+    if not noisy:
+        return None
+    return Noise(noisy[0].noise, tuple(s.noise_at if s is noisy[0] else s.start for s in meeting))
 
 
 def leading(site: Site, rest: Segment | None, scale: float = 1.0) -> list[Segment]:
     """The source's indices first, then `rest` (its start and stop are filled in) if the dimension grew."""
     old = Segment(0, site.old, "old", scale=scale)
     return [old] if rest is None or site.new == site.old else [old, replace(rest, start=site.old, stop=site.new)]
-
-
-def per_head(site: Site, inside: Segment, beyond: Segment, scale: float = 1.0) -> list[Segment]:
-    """The source's heads first, each in the leading part of a target head whose rest is `inside`; then `beyond`.
-
-    Heads are head-major: head h owns indices h * head_dim .. (h + 1) * head_dim.
-    """
-    assert site.source is not None
-    assert site.target is not None
-    heads, small, large = site.source.heads, site.source.head_dim, site.target.head_dim
-    if small == large:
-        return leading(site, beyond, scale)
-    segments = []
-    for head in range(heads):
-        at = head * large
-        segments.append(Segment(at, at + small, "old", source=head * small, scale=scale))
-        segments.append(replace(inside, start=at + small, stop=at + large))
-    if heads * large < site.new:
-        segments.append(replace(beyond, start=heads * large, stop=site.new))
-    return segments
 
 
 FREE = Segment(0, 0, "free")

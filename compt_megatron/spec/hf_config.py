@@ -13,7 +13,7 @@ _LAYERS = ("num_hidden_layers", "n_layer")
 
 
 class HfConfig:
-    """A config.json with checked access; `name` is used in messages. Every error is a UserError that names the field."""
+    """A config.json with checked access; `name` is used in messages. Errors are UserErrors that name it."""
 
     def __init__(self, config: dict[str, Any], name: str) -> None:
         self.config, self.name = config, name

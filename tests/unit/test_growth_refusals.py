@@ -71,7 +71,7 @@ def test_unknown_names() -> None:
         ({"operator": "best"}, "exact, corner, reference"),
         ({"axes": {"width": "tile"}}, "no axis is called 'width'"),
         ({"axes": {"audio.embed": "tile"}}, "no axis is called"),
-        ({"axes": {"embed": "append"}}, "choose one of identity, mean_pad, tile, corner"),
+        ({"axes": {"embed": "append"}}, "choose one of identity, mean_pad, zero_pad, tile, corner"),
         ({"axes": {"embed": "identity"}}, "needs equal sizes"),
         ({"depth": "double"}, "depth mode 'double' is not known"),
     ):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import sqrt
 
 from compt_megatron.errors import UserError
+from compt_megatron.growth.modes.padding import pad_scale
 from compt_megatron.growth.plan import Contrast
 from compt_megatron.growth.segments import FREE, Segment, Site, leading
 
@@ -18,7 +19,8 @@ class MeanPad:
 
     - writers (weights, biases, embeddings): old rows times c; new rows c times the mean of the old rows;
     - readers: old columns kept; new columns free, because the norm before them gives 0 there;
-    - norms: gamma' = [gamma / c, 1], beta' = [beta, 0].
+    - norms: gamma' = [gamma / c, 1], beta' = [beta, 0]; the norm before a tied head, which reads the grown embedding:
+      [gamma / c², 1], [beta / c, 0].
 
     A norm before the first block (`ln_pre`) must put c [y; mean(y)] *into* the stream. Its output mean is
     mean(gamma x̂) + mean(beta) = wᵀ x̂ + mean(beta) with w = (gamma - mean(gamma)) / n, as x̂ has mean zero. So the new
@@ -43,7 +45,7 @@ class MeanPad:
     def segments(self, site: Site) -> list[Segment]:
         if site.new == site.old:
             return leading(site, None)
-        c = sqrt(site.new / site.old)
+        c = pad_scale(site, self.name, "layer")
         before_norm = site.pre_gamma is not None and site.param.stage == "pre"
         mean = Segment(0, 0, "mean", scale=c)
         contrast = self._contrast(site) if before_norm else None
@@ -57,9 +59,11 @@ class MeanPad:
         if site.role == "norm_scale":
             if before_norm:
                 return leading(site, Segment(0, 0, "value", value=1.0, contrast=contrast))
-            return leading(site, Segment(0, 0, "value", value=1.0), 1 / c)
+            return leading(site, Segment(0, 0, "value", value=1.0), 1 / c**2 if site.tied_norm else 1 / c)
         if site.role == "norm_bias":
-            return leading(site, mean, c) if before_norm else leading(site, Segment(0, 0, "value", value=0.0))
+            if before_norm:
+                return leading(site, mean, c)
+            return leading(site, Segment(0, 0, "value", value=0.0), 1 / c if site.tied_norm else 1.0)
         assert site.role == "read", site
         return leading(site, FREE)
 
