@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from compt_megatron.growth.execute import Maker
 from compt_megatron.growth.plan import GrowthPlan
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
@@ -68,13 +70,13 @@ def make_spec(config: dict[str, Any], name: str = "small") -> ModelSpec:
 
 
 def hf_model(config: dict[str, Any]) -> Any:
-    """transformers' own model of a config, eager attention."""
+    """transformers' own model of a config (its eager attention takes the softmax in fp32 whatever the dtype)."""
     ensure_torchvision()
     import transformers
 
     known = dict(config)
     made = transformers.AutoConfig.for_model(known.pop("model_type"), **known)
-    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):  # theirs computes in fp32 even in an fp64 model
             module.forward = partial(_rms_norm, module)
@@ -143,3 +145,14 @@ def probe(seed: int = 1, batch: int = 3, length: int = 11) -> torch.Tensor:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(probe()).logits
+
+
+def states_carried_out(plan: GrowthPlan, states: dict[str, State]) -> dict[str, State]:
+    """Grown optimizer state by prefix, from canonical tensors of the source by prefix."""
+    found: dict[str, State] = {}
+    for prefix, tensors in states.items():
+        planned = replace(plan, tensors=plan.states[prefix], states={})
+        maker = Maker(planned, lambda name, region, tensors=tensors: tensors[name][region].clone())  # type: ignore[misc]
+        dtype = next(iter(tensors.values())).dtype
+        found[prefix] = {name: maker.make(name, None, dtype) for name in planned.tensors}
+    return found
