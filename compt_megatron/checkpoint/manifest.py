@@ -18,6 +18,7 @@ MANIFEST = "compt.json"
 FORMAT_VERSION = 1
 
 _WRITTEN_BY_US = ("format_version", "created_by", "format", "spec", "tensors", "files", "checksums", "self")
+_NOT_KEPT = ("attachments",)  # where the files lie that go beside the weights: no matter of the checkpoint
 _ALWAYS: dict[str, Any] = {"layout": None, "certificate": None, "lineage": [], "train": None, "notes": []}
 
 
@@ -38,7 +39,7 @@ def make_manifest(
     `files`: (name, xxh3 hex, bytes) of every other file. Entries of `metadata` that belong to the writer are replaced,
     so that the metadata of a source can be handed to the writer of its copy.
     """
-    given = {key: value for key, value in metadata.items() if key not in _WRITTEN_BY_US}
+    given = {key: value for key, value in metadata.items() if key not in (*_WRITTEN_BY_US, *_NOT_KEPT)}
     return {
         "format_version": FORMAT_VERSION,
         "created_by": f"compt_megatron {_version()}",
@@ -124,6 +125,14 @@ def recorded_spec(content: dict[str, Any] | None, given: ModelSpec | None, path:
             f"not '{given.name}' ({given.digest}); name the right checkpoint or model config"
         )
     return recorded
+
+
+def under_name(manifest: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """The record of a single file under the name that the file has now: it may have been renamed with its record."""
+    if manifest is None or len(manifest["files"]) != 1:
+        return manifest
+    (size,), (digest,) = manifest["files"].values(), manifest["checksums"].values()
+    return {**manifest, "files": {name: size}, "checksums": {name: digest}}
 
 
 def recorded_tensors(content: dict[str, Any]) -> dict[str, TensorInfo]:

@@ -6,14 +6,10 @@ They hold weights only. What we write is loaded by open_clip strictly; q, k and 
 from __future__ import annotations
 
 import json
-import pickle
-import re
-import zipfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from compt_megatron.checkpoint.commit import HashedFile, file_hash
 from compt_megatron.checkpoint.contract import (
@@ -25,9 +21,10 @@ from compt_megatron.checkpoint.contract import (
     region_shape,
     split_name,
 )
-from compt_megatron.checkpoint.flat_file import SAFETENSORS_DTYPES, FlatFile
+from compt_megatron.checkpoint.flat_file import FlatFile
 from compt_megatron.checkpoint.guard import Guard
-from compt_megatron.checkpoint.manifest import read_manifest, recorded_spec
+from compt_megatron.checkpoint.manifest import read_manifest, recorded_spec, under_name
+from compt_megatron.checkpoint.state_file import holds_language_model, is_state_file, open_state_file
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import read_json
@@ -38,7 +35,6 @@ from compt_megatron.spec.table import ModelSpec
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 _FOLDER_WEIGHTS = (WEIGHTS, "open_clip_pytorch_model.bin")
-_ZIP, _LEGACY_PICKLE = b"PK\x03\x04", b"\x80\x02"
 # entries of older files that are no parameters: open_clip drops them too
 _NO_PARAMETERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask")
 # the image normalisation that every open_clip model uses unless its config says otherwise
@@ -46,86 +42,6 @@ _PREPROCESS = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.26862954, 0.26130258, 0.27577711],
 }
-
-
-class _StateDict(Protocol):
-    def tensors(self) -> dict[str, TensorInfo]: ...
-    def read(self, key: str, region: Region) -> torch.Tensor: ...
-    def close(self) -> None: ...
-
-
-class _SafetensorsFile:
-    def __init__(self, path: Path) -> None:
-        try:
-            self._path, self._file = path, safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: damaged safetensors file ({error}); restore it or use another") from error
-
-    def tensors(self) -> dict[str, TensorInfo]:
-        found = {}
-        for key in self._file.keys():  # noqa: SIM118 - it is no dict
-            part = self._file.get_slice(key)
-            if part.get_dtype() not in SAFETENSORS_DTYPES:
-                raise UserError(
-                    f"{self._path}: '{key}' has dtype {part.get_dtype()}, which is not supported; convert it first"
-                )
-            found[key] = TensorInfo(tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()])
-        return found
-
-    def read(self, key: str, region: Region) -> torch.Tensor:
-        if not region:
-            return self._file.get_tensor(key).clone()
-        return self._file.get_slice(key)[region].clone()
-
-    def close(self) -> None:
-        del self._file
-
-
-class _TorchFile:
-    """A state dict saved by torch, bare or as the `state_dict` of open_clip's trainer, mapped and not read whole."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            wanted = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"its pickle asks for {wanted.group(1)}" if wanted else "its pickle is not a plain one"
-            raise UserError(
-                f"{path}: holds more than tensors and is not loaded ({reason}); save its state dict alone"
-            ) from error
-        except Exception as error:  # damaged bytes raise nearly anything
-            reason = str(error).strip().splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: damaged or no torch file ({reason}); restore it or use another") from error
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-        if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
-            raise UserError(f"{path}: holds no state dict; give a file of open_clip weights")
-        found = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-        for key, value in found.items():
-            if not isinstance(key, str) or value.layout is not torch.strided or value.is_quantized:
-                raise UserError(f"{path}: {key!r} is no plain tensor under a name; save a state dict of dense tensors")
-        self._content = found
-
-    def tensors(self) -> dict[str, TensorInfo]:
-        return {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self._content.items()}
-
-    def read(self, key: str, region: Region) -> torch.Tensor:
-        return self._content[key][region].detach().clone(memory_format=torch.contiguous_format)
-
-    def close(self) -> None:
-        self._content = {}
-
-
-def _is_safetensors(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 2**40
-
-
-def _is_torch_file(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(4)
-    return head == _ZIP or head[:2] == _LEGACY_PICKLE
 
 
 class OpenClipReader:
@@ -141,12 +57,11 @@ class OpenClipReader:
             if (path / CONFIG).is_file():
                 self._config = read_json(guard.file(CONFIG))
         else:
-            guard = Guard(path.parent, _under_name(self._manifest, path.name))
+            guard = Guard(path.parent, under_name(self._manifest, path.name))
         found = self._find_spec(spec)
         self.spec: ModelSpec | None = found
         guard.file(file.name)
-        safe = file.suffix == ".safetensors" or _is_safetensors(file)
-        self._state: _StateDict = _SafetensorsFile(file) if safe else _TorchFile(file)
+        self._state = open_state_file(file)
         self._places = {f"weight/{name}": open_clip_place(found, name) for name in found.params}
         stored = self._state.tensors()
         wrapped = "module." if stored and all(key.startswith("module.") for key in stored) else ""
@@ -214,14 +129,6 @@ def _weights_name(folder: Path) -> str:
         if (folder / name).is_file():
             return name
     raise UserError(f"{folder}: has no {' or '.join(_FOLDER_WEIGHTS)}; restore it or give the weights' own path")
-
-
-def _under_name(manifest: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
-    """The record of a single file under the name that the file has now: it may have been renamed with its record."""
-    if manifest is None or len(manifest["files"]) != 1:
-        return manifest
-    (size,), (digest,) = manifest["files"].values(), manifest["checksums"].values()
-    return {**manifest, "files": {name: size}, "checksums": {name: digest}}
 
 
 class OpenClipWriter(BoxWriter):
@@ -300,7 +207,7 @@ class OpenClipWriter(BoxWriter):
 def _recognises(path: Path) -> bool:
     if path.is_dir():
         return (path / CONFIG).is_file() or any((path / name).is_file() for name in _FOLDER_WEIGHTS)
-    return path.is_file() and (_is_safetensors(path) or _is_torch_file(path))
+    return is_state_file(path) and not holds_language_model(path)
 
 
 FORMAT = Format("open_clip", _recognises, OpenClipReader, OpenClipWriter, prefixes=("weight",))

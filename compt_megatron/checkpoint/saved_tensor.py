@@ -14,14 +14,16 @@ import pickle
 import struct
 import zipfile
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 
 from compt_megatron.checkpoint.contract import Region, region_shape
 
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -33,7 +35,9 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip entry: ends with the lengths of its name and its extra field
+_BLOCK = 4 * 2**20  # bytes read at a time where only parts of rows are wanted
+_RUN = 4096  # bytes of a part of a row that are worth a read of their own
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip entry: ends with the lengths of its name and its extra field
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ class _Described(pickle.Unpickler):
             return lambda storage, offset, size, stride, *rest: (storage, offset, size, stride)
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         raise pickle.UnpicklingError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -100,16 +104,16 @@ def locate(descriptor: int, start: int, length: int) -> SavedTensor:
             order = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
     except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError):
         return SavedTensor((), torch.uint8, 0, False)
-    contiguous = _strides(size) == tuple(stride) or prod(size) <= 1
+    contiguous = strides(size) == tuple(stride) or prod(size) <= 1
     stored = entry.compress_type == zipfile.ZIP_STORED and order == b"little" and isinstance(dtype, torch.dtype)
     if not (contiguous and stored):
         return SavedTensor((), torch.uint8, 0, False)
-    header = _LOCAL_HEADER.unpack(os.pread(descriptor, _LOCAL_HEADER.size, start + entry.header_offset))
-    data = start + entry.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
+    header = LOCAL_HEADER.unpack(os.pread(descriptor, LOCAL_HEADER.size, start + entry.header_offset))
+    data = start + entry.header_offset + LOCAL_HEADER.size + header[-2] + header[-1]
     return SavedTensor(tuple(size), dtype, data + offset * dtype.itemsize, True)
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[index + 1 :]) for index in range(len(shape)))
 
 
@@ -122,27 +126,44 @@ def read_box(descriptor: int, start: int, length: int, saved: SavedTensor, box: 
 
 
 def read_strided(descriptor: int, start: int, shape: tuple[int, ...], dtype: torch.dtype, box: Region) -> torch.Tensor:
-    """Read a box of a contiguous tensor that begins at byte `start`: one read of the rows it touches."""
+    """Read a box of a contiguous tensor that begins at byte `start`. Memory: the box, and a block of 4 MiB."""
     out = torch.empty(region_shape(box), dtype=dtype)
     if not out.numel():
         return out
-    lead = 0  # dimensions of which the box holds one index: they only move the start
-    while lead < len(shape) and box[lead].stop - box[lead].start == 1:
-        lead += 1
-    row = prod(shape[lead + 1 :])
-    first = sum(part.start * step for part, step in zip(box[: lead + 1], _strides(shape), strict=False))
-    rows = 1 if lead >= len(shape) else box[lead].stop - box[lead].start
-    if all(part.stop - part.start == size for part, size in zip(box[lead + 1 :], shape[lead + 1 :], strict=True)):
-        _fill(descriptor, start + first * dtype.itemsize, out)
-        return out
-    slab = torch.empty((rows, *shape[lead + 1 :]), dtype=dtype)
-    _fill(descriptor, start + first * dtype.itemsize, slab)
-    assert slab.numel() == rows * row
-    return out.copy_(slab[(slice(None), *box[lead + 1 :])].reshape(out.shape))
-
-
-def _fill(descriptor: int, start: int, out: torch.Tensor) -> None:
+    steps = [step * dtype.itemsize for step in strides(shape)]
     view = out.reshape(-1).view(torch.uint8).numpy().data
+    # below dimension `cut` the box is whole, so that each of its indices above `cut` is one run of bytes
+    cut = max((at for at, size in enumerate(shape) if box[at].stop - box[at].start != size), default=0)
+    run = prod(part.stop - part.start for part in box[cut:]) * dtype.itemsize
+    first = start + sum(part.start * step for part, step in zip(box, steps, strict=True))
+    if cut == 0:
+        fill(descriptor, first, view)
+        return out
+    rows = box[cut - 1].stop - box[cut - 1].start
+    for index in product(*(range(part.stop - part.start) for part in box[: cut - 1])):
+        at = first + sum(place * step for place, step in zip(index, steps, strict=False))
+        _fill_runs(descriptor, at, steps[cut - 1], view[: rows * run], run)
+        view = view[rows * run :]
+    return out
+
+
+def _fill_runs(descriptor: int, start: int, step: int, view: memoryview, run: int) -> None:
+    """Fill `view` with runs of `run` bytes, of which one begins every `step` bytes."""
+    count = len(view) // run
+    if run >= _RUN or step > _BLOCK or count == 1:
+        for index in range(count):
+            fill(descriptor, start + index * step, view[index * run : (index + 1) * run])
+        return
+    block = np.empty((min(count, _BLOCK // step), step), np.uint8)
+    target = np.frombuffer(view, np.uint8).reshape(count, run)
+    for index in range(0, count, len(block)):
+        rows = min(len(block), count - index)
+        length = (rows - 1) * step + run  # the last row is not read to its end, which may be that of the file
+        fill(descriptor, start + index * step, block.reshape(-1)[:length].data)
+        target[index : index + rows] = block[:rows, :run]
+
+
+def fill(descriptor: int, start: int, view: memoryview) -> None:
     while view:
         count = os.preadv(descriptor, [view], start)
         if count <= 0:
