@@ -16,8 +16,10 @@ from compt_megatron.errors import UserError
 from compt_megatron.growth.certificate import Certificate, certify
 from compt_megatron.growth.execute import check_source, execute
 from compt_megatron.growth.fresh import write_fresh
+from compt_megatron.growth.moments import with_source_states
 from compt_megatron.growth.operators import OPERATORS, plan
 from compt_megatron.growth.plan import GrowthPlan
+from compt_megatron.growth.request import Moments
 from compt_megatron.growth.verify import VerifyReport, verify
 from compt_megatron.spec.families import load_spec
 from compt_megatron.spec.table import ModelSpec
@@ -48,6 +50,8 @@ def grow(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     allow_approximate: bool = False,
+    noise: float = 0.0,
+    moments: Moments = "fresh",
     overwrite: bool = False,
     dry_run: bool = False,
     trust_pickle: bool = False,
@@ -57,7 +61,8 @@ def grow(
     """Grow checkpoint `src` into model `to` and write it to `dst`; returns its certificate, or the plan on a dry run.
 
     `to`, `source_spec`: a model config (see `load_spec`) or a parameter table; the source's is needed only where the
-    checkpoint does not record it. `operator`, `depth`, `axes`, `seed`, `allow_approximate`: see `operators.plan`.
+    checkpoint does not record it. `operator`, `depth`, `axes`, `seed`, `allow_approximate`, `noise`, `moments`: see
+    `operators.plan`.
     `format`, `dtype`: of the result (None: the source's own; the `megatron` format if that can only be read).
     `shard` (index, number) and `exchange` (all-gathers an object): several workers that write one result together.
 
@@ -69,7 +74,18 @@ def grow(
     reader = open_reader(src, _spec(source_spec), trust_pickle)
     try:
         source, target = _source_model(reader), _target_model(to)
-        growth = plan(source, target, operator, depth=depth, axes=axes, seed=seed, allow_approximate=allow_approximate)
+        growth = plan(
+            source,
+            target,
+            operator,
+            depth=depth,
+            axes=axes,
+            seed=seed,
+            allow_approximate=allow_approximate,
+            noise=noise,
+            moments=moments,
+        )
+        growth = with_source_states(growth, reader.tensors())
         check_source(growth, reader.tensors())
         if dry_run:
             return growth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,10 +11,14 @@ import numpy as np
 import torch
 
 from compt_megatron.errors import UserError
+from compt_megatron.growth.moments import step_factors
 from compt_megatron.growth.operators import plan as make_plan
 from compt_megatron.growth.plan import Exactness, GrowthPlan
+from compt_megatron.growth.request import Moments
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
+
+_SINCE_FIRST = {"noise", "moments", "rates"}  # entries that the first certificates did not have
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,9 @@ class Certificate:
     """Everything that is needed to make the grown tensors again from the source, and how exact each one is.
 
     `source`: {name, digest, config, hash, path}, hash being that of the source's weights; `target`: {name, digest};
-    `dtype`: what the user asked for (None: the source's own); `parity`: the measured difference of features, where
-    somebody measured it.
+    `dtype`: what the user asked for (None: the source's own); `rates`: [factor on the learning rate, on the weight
+    decay] of the tensors whose entries were multiplied (moments.py); `parity`: the measured difference of features,
+    where somebody measured it.
     """
 
     operator: str
@@ -38,6 +43,9 @@ class Certificate:
     versions: dict[str, str]
     tensors: dict[str, Exactness]
     parity: dict[str, Any] | None = None
+    noise: float = 0.0
+    moments: Moments = "fresh"
+    rates: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data, as it lies in compt.json."""
@@ -47,10 +55,13 @@ class Certificate:
     def from_dict(cls, content: dict[str, Any]) -> Certificate:
         """The inverse of `to_dict`. Raises UserError if an entry is missing; entries of later versions are ignored."""
         known = cls.__dataclass_fields__
-        missing = sorted(name for name in known if name not in content and name != "parity")
+        optional = {name for name, entry in known.items() if entry.default is None} | _SINCE_FIRST
+        missing = sorted(known.keys() - content.keys() - optional)
         if missing:
             raise UserError(f"the certificate lacks {', '.join(missing)}; grow the checkpoint again")
-        return cls(**{name: value for name, value in content.items() if name in known})
+        given = {name: value for name, value in content.items() if name in known}
+        rates = {name: tuple(pair) for name, pair in (content.get("rates") or {}).items()}
+        return cls(**{**given, "rates": rates})
 
     def with_parity(self, parity: dict[str, Any]) -> Certificate:
         """The same certificate with a measurement."""
@@ -75,6 +86,8 @@ class Certificate:
             axes=self.axes,
             seed=self.seed,
             allow_approximate=self.allow_approximate,
+            noise=self.noise,
+            moments=self.moments,
         )
 
 
@@ -103,6 +116,9 @@ def certify(plan: GrowthPlan, source_hash: str, source_path: str, dtype: str | N
             "python": platform.python_version(),
         },
         tensors={name: tensor.exactness for name, tensor in plan.tensors.items()},
+        noise=plan.noise,
+        moments=plan.moments,
+        rates=step_factors(plan),
     )
 
 

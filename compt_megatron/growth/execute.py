@@ -12,7 +12,16 @@ from math import prod, sqrt
 
 import torch
 
-from compt_megatron.checkpoint.contract import Reader, Region, TensorInfo, Writer, region_shape, slabs, whole
+from compt_megatron.checkpoint.contract import (
+    Reader,
+    Region,
+    TensorInfo,
+    Writer,
+    region_shape,
+    slabs,
+    split_name,
+    whole,
+)
 from compt_megatron.errors import UserError
 from compt_megatron.growth.plan import (
     Constant,
@@ -28,7 +37,7 @@ from compt_megatron.growth.plan import (
 )
 from compt_megatron.spec.random import initial
 
-Read = Callable[[str, Region], torch.Tensor]  # (source name, region) -> CPU tensor of the stored dtype
+Read = Callable[[str, Region], torch.Tensor]  # (source boundary name, region) -> CPU tensor of the stored dtype
 
 SLAB_BYTES = 32 << 20  # one written piece; a worker holds a few of these in fp64 at a time
 
@@ -41,7 +50,7 @@ def execute(
     shard: tuple[int, int] = (0, 1),
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the target's tensors as `weight/<name>`, this worker its share of them.
+    """Write the target's tensors under their boundary names, this worker its share of them.
 
     `shard`: (index, number of workers); tensors are dealt by size, and each is written in slabs of at most 32 MB.
     `dtype`: of all target tensors (None: as the source stores what they are made from). Declares all tensors in every
@@ -49,23 +58,24 @@ def execute(
     """
     check_source(plan, reader.tensors())
     infos = target_infos(plan, reader.tensors(), dtype)
-    writer.declare({f"weight/{name}": info for name, info in infos.items()})
-    maker = Maker(plan, lambda name, region: reader.read(f"weight/{name}", region))
+    writer.declare(infos)
+    maker = Maker(plan, reader.read)
     for name in deal(infos, shard[1])[shard[0]]:
         for region in slabs(infos[name], SLAB_BYTES):
             offsets = tuple(part.start for part in region)
-            writer.write(f"weight/{name}", offsets, maker.make(name, region, infos[name].dtype))
+            writer.write(name, offsets, maker.make(name, region, infos[name].dtype))
 
 
 def check_source(plan: GrowthPlan, tensors: dict[str, TensorInfo]) -> None:
     """Raise UserError unless the checkpoint holds every tensor the plan reads, in the source model's shape."""
-    for name in {source for tensor in plan.tensors.values() for source in tensor.sources()}:
-        found = tensors.get(f"weight/{name}")
+    for prefix, name in {(prefix, source) for prefix, _, tensor in plan.boundary() for source in tensor.sources()}:
+        found = tensors.get(f"{prefix}/{name}")
         if found is None:
             raise UserError(
-                f"the source checkpoint has no {name}, which model {plan.source.name} has; name its model with --from"
+                f"the source checkpoint has no {name} ({prefix}), which model {plan.source.name} has; name its model "
+                "with --from"
             )
-        if tuple(found.shape) != plan.source.params[name].shape:
+        if prefix != "step" and tuple(found.shape) != plan.source.params[name].shape:
             raise UserError(
                 f"the source checkpoint's {name} is {list(found.shape)}, {plan.source.name} says "
                 f"{list(plan.source.params[name].shape)}; name its model with --from"
@@ -73,16 +83,25 @@ def check_source(plan: GrowthPlan, tensors: dict[str, TensorInfo]) -> None:
 
 
 def target_infos(plan: GrowthPlan, tensors: dict[str, TensorInfo], dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-    """Shape and dtype of every target tensor. Wholly new ones have the dtype that most of the source has."""
+    """Shape and dtype of every target tensor by its boundary name; `dtype` is for weights.
+
+    Wholly new weights have the dtype that most of the source has, wholly new state that of the source's own.
+    """
     sizes: Counter[torch.dtype] = Counter()
     for name in plan.source.params:
         if (info := tensors.get(f"weight/{name}")) is not None:
             sizes[info.dtype] += prod(info.shape)
     common = max(sizes, key=lambda key: sizes[key]) if sizes else torch.float32
     infos = {}
-    for name, tensor in plan.tensors.items():
+    for prefix, name, tensor in plan.boundary():
         first = next(tensor.sources(), None)
-        infos[name] = TensorInfo(tensor.shape, dtype or (tensors[f"weight/{first}"].dtype if first else common))
+        if dtype is not None and prefix == "weight":
+            own = dtype
+        elif first is not None:
+            own = tensors[f"{prefix}/{first}"].dtype
+        else:
+            own = common if prefix == "weight" else torch.float32
+        infos[f"{prefix}/{name}"] = TensorInfo(tensor.shape, own)
     return infos
 
 
@@ -98,15 +117,20 @@ def deal(infos: dict[str, TensorInfo], workers: int) -> list[list[str]]:
 
 
 class Maker:
-    """Makes any slice of any target tensor. Keeps the last means, which neighbouring slabs share."""
+    """Makes any slice of any target tensor, by boundary names. Keeps the last means, which neighbouring slabs share."""
 
     def __init__(self, plan: GrowthPlan, read: Read) -> None:
-        self._plan, self._read = plan, read
+        self._plan, self._reader = plan, read
+        self._tensors = {f"{prefix}/{name}": tensor for prefix, name, tensor in plan.boundary()}
+        self._prefix = "weight"
         self._kept: tuple[object, torch.Tensor] | None = None
+
+    def _read(self, source: str, region: Region) -> torch.Tensor:
+        return self._reader(f"{self._prefix}/{source}", region)
 
     def make(self, name: str, region: Region | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Box `region` (all, if None) of target tensor `name` in `dtype`."""
-        tensor = self._plan.tensors[name]
+        tensor, self._prefix = self._tensors[name], split_name(name)[0]
         region = whole(tensor.shape) if region is None else region
         out = torch.empty(region_shape(region), dtype=dtype)
         for part, inside, into in _meetings(tensor, region):
@@ -138,7 +162,7 @@ class Maker:
         region[piece.dim] = slice(0, piece.size)
         if piece.across is not None:
             region[piece.across[0]] = slice(0, piece.across[1])
-        key = (piece, tuple((side.start, side.stop) for side in region))
+        key = (self._prefix, piece, tuple((side.start, side.stop) for side in region))
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, self._means(piece, tuple(region)))
         mean, contrast = self._kept[1]

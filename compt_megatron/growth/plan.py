@@ -158,6 +158,14 @@ class TensorPlan:
             if isinstance(part.piece, Reduce | Constant) and part.piece.contrast:
                 yield part.piece.contrast.gamma
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        parts = [
+            {"box": [list(side) for side in part.box], "kind": part.piece.kind, **asdict(part.piece)}
+            for part in self.parts
+        ]
+        return {"shape": list(self.shape), "exactness": self.exactness, "parts": parts}
+
     def __str__(self) -> str:
         made = "; ".join(map(str, self.parts)) if len(self.parts) > 1 else str(self.parts[0].piece)
         return f"{self.name} {list(self.shape)} {self.exactness}: {made}"
@@ -195,6 +203,31 @@ class GrowthPlan:
         """Whether the target computes the source's function."""
         return all(tensor.exactness == "exact" for tensor in self.tensors.values())
 
+    def warnings(self) -> list[str]:
+        """What a user should know before training the result, a line each."""
+        tiled = [axis for axis in ("heads", "mlp") if self._tiled(axis)]
+        if not tiled or self.noise or self.moments == "grow":
+            return []
+        return [
+            f"{' and '.join(tiled)} tiled without noise: a unit and its copy get the same gradient and never separate; "
+            "use --noise 0.01, or --moments grow"
+        ]
+
+    def _tiled(self, axis: str) -> bool:
+        """Whether some tower has more units on a hidden axis, and they are copies whose inputs are copies too.
+
+        Where the residual stream is padded, a copy reads the new entries through fresh columns of its own.
+        """
+        return any(
+            getattr(self.target.towers[name], axis) > getattr(tower, axis)
+            and self._mode(name, axis) == "tile"
+            and (self.target.towers[name].width == tower.width or self._mode(name, "embed") == "tile")
+            for name, tower in self.source.towers.items()
+        )
+
+    def _mode(self, tower: str, axis: str) -> str | None:
+        return self.axes.get(f"{tower}.{axis}", self.axes.get(axis))
+
     def elements(self) -> dict[str, int]:
         """Number of target elements by what they are made of."""
         count: Counter[str] = Counter()
@@ -210,24 +243,15 @@ class GrowthPlan:
         axes = ", ".join(f"{axis}={mode}" for axis, mode in sorted(self.axes.items()))
         head = [
             f"{self.source.name} ({self.source.numel:,} parameters) -> {self.target.name} ({total:,} parameters)",
-            f"operator {self.operator} ({axes}), depth {self.depth}, seed {self.seed}",
+            f"operator {self.operator} ({axes}), depth {self.depth}, noise {self.noise:g}, moments {self.moments}, "
+            f"seed {self.seed}",
             f"{'exact: computes the same function' if self.exact else 'not exact'}; target elements: {shares}",
         ]
+        head += [f"warning: {line}" for line in self.warnings()]
         return "\n".join([*head, *(f"  {tensor}" for tensor in self.tensors.values())])
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data."""
-        tensors = {
-            name: {
-                "shape": list(tensor.shape),
-                "exactness": tensor.exactness,
-                "parts": [
-                    {"box": [list(side) for side in part.box], "kind": part.piece.kind, **asdict(part.piece)}
-                    for part in tensor.parts
-                ],
-            }
-            for name, tensor in self.tensors.items()
-        }
         return {
             "source": {"name": self.source.name, "digest": self.source.digest, "parameters": self.source.numel},
             "target": {"name": self.target.name, "digest": self.target.digest, "parameters": self.target.numel},
@@ -235,7 +259,14 @@ class GrowthPlan:
             "axes": self.axes,
             "depth": self.depth,
             "seed": self.seed,
+            "noise": self.noise,
+            "moments": self.moments,
             "exact": self.exact,
             "elements": self.elements(),
-            "tensors": tensors,
+            "tensors": {name: tensor.to_dict() for name, tensor in self.tensors.items()},
+            "states": {
+                prefix: {name: tensor.to_dict() for name, tensor in tensors.items()}
+                for prefix, tensors in self.states.items()
+                if prefix != "master"  # made as the weights are
+            },
         }

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compt_megatron.checkpoint.contract import Reader, Region, TensorInfo, dtype_name, dtype_of, slabs
+from compt_megatron.checkpoint.contract import Reader, Region, TensorInfo, dtype_name, dtype_of, slabs, split_name
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.errors import UserError
 from compt_megatron.growth.certificate import Certificate
 from compt_megatron.growth.execute import SLAB_BYTES, Maker, check_source, target_infos
+from compt_megatron.growth.moments import with_source_states
+from compt_megatron.growth.twins import find_twins
 from compt_megatron.spec.table import ModelSpec
 
+_GROWN = ("weight", "master", "exp_avg", "exp_avg_sq", "step")
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -49,6 +53,7 @@ class VerifyReport:
     mismatches: list[Mismatch] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
+    twins: list[str] = field(default_factory=list)  # units that will never separate: right as grown, bad to train
 
     @property
     def ok(self) -> bool:
@@ -104,22 +109,22 @@ def compare(grown: Reader, source: Reader, certificate: Certificate) -> VerifyRe
             f"{source.path}: not the weights that {grown.path} was grown from (their hash differs from the "
             "certificate's); give that checkpoint with --against"
         )
-    plan = certificate.replan(grown.spec)
+    plan = with_source_states(certificate.replan(grown.spec), source.tensors())
     check_source(plan, source.tensors())
     infos = target_infos(plan, source.tensors(), dtype_of(certificate.dtype) if certificate.dtype else None)
-    stored = {
-        name.removeprefix("weight/"): info for name, info in grown.tensors().items() if name.startswith("weight/")
-    }
+    stored = {name: info for name, info in grown.tensors().items() if split_name(name)[0] in _GROWN}
     report = VerifyReport(str(grown.path), str(source.path), certificate)
-    report.missing = sorted(set(infos) - set(stored))
-    report.extra = sorted(set(stored) - set(infos))
-    maker = Maker(plan, lambda name, region: source.read(f"weight/{name}", region))
+    report.missing = sorted(map(_shown, set(infos) - set(stored)))
+    report.extra = sorted(map(_shown, set(stored) - set(infos)))
+    maker = Maker(plan, source.read)
     for name in (name for name in infos if name in stored):
         report.tensors += 1
-        report.elements += plan.target.params[name].numel
+        report.elements += prod(infos[name].shape)
         found = _compare_tensor(name, grown, stored[name], maker, infos[name])
         if found is not None:
             report.mismatches.append(found)
+    if "tile" in certificate.axes.values():
+        report.twins = [str(twins) for twins in find_twins(grown, grown.spec)]
     return report
 
 
@@ -140,10 +145,10 @@ def _compare_tensor(name: str, grown: Reader, stored: TensorInfo, maker: Maker, 
     if stored != info:
         have, made = (f"{dtype_name(each.dtype)} {list(each.shape)}" for each in (stored, info))
         note = f"is {have}, growth made {made}"
-        return Mismatch(name, max(1, info.nbytes // info.dtype.itemsize), (), float("inf"), note)
+        return Mismatch(_shown(name), max(1, info.nbytes // info.dtype.itemsize), (), float("inf"), note)
     count, first, largest = 0, None, 0.0
     for region in slabs(info, SLAB_BYTES):
-        is_there = grown.read(f"weight/{name}", region)
+        is_there = grown.read(name, region)
         should_be = maker.make(name, region, info.dtype)
         wrong = _bits(is_there) != _bits(should_be)
         if not bool(wrong.any()):
@@ -151,7 +156,12 @@ def _compare_tensor(name: str, grown: Reader, stored: TensorInfo, maker: Maker, 
         first = first if first is not None else _first_index(wrong, region)
         count += int(wrong.sum())
         largest = max(largest, float((is_there.double() - should_be.double()).abs().nan_to_num(float("inf")).max()))
-    return None if first is None else Mismatch(name, count, first, largest)
+    return None if first is None else Mismatch(_shown(name), count, first, largest)
+
+
+def _shown(name: str) -> str:
+    """A tensor's name as people know it: weights without their prefix."""
+    return name.removeprefix("weight/")
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

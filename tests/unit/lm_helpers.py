@@ -134,7 +134,8 @@ def load(model: Any, spec: ModelSpec, tensors: State) -> Any:
 
 def grown_model(plan: GrowthPlan, model: Any) -> Any:
     """transformers' model that the plan makes of one, in its dtype."""
-    tensors = carried_out(plan, split_state(plan.source, dict(model.state_dict())))
+    weights = replace(plan, states={})
+    tensors = carried_out(weights, split_state(plan.source, dict(model.state_dict())))
     return load(hf_model(plan.target.config).to(next(model.parameters()).dtype), plan.target, tensors)
 
 
@@ -150,9 +151,9 @@ def logits(model: Any) -> torch.Tensor:
 def states_carried_out(plan: GrowthPlan, states: dict[str, State]) -> dict[str, State]:
     """Grown optimizer state by prefix, from canonical tensors of the source by prefix."""
     found: dict[str, State] = {}
+    sources = {f"{prefix}/{name}": value for prefix, tensors in states.items() for name, value in tensors.items()}
+    maker = Maker(plan, lambda name, region: sources[name][region].clone())
     for prefix, tensors in states.items():
-        planned = replace(plan, tensors=plan.states[prefix], states={})
-        maker = Maker(planned, lambda name, region, tensors=tensors: tensors[name][region].clone())  # type: ignore[misc]
         dtype = next(iter(tensors.values())).dtype
-        found[prefix] = {name: maker.make(name, None, dtype) for name in planned.tensors}
+        found[prefix] = {name: maker.make(f"{prefix}/{name}", None, dtype) for name in plan.states[prefix]}
     return found

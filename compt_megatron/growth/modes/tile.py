@@ -80,9 +80,7 @@ class Tile:
         plain = Segment(0, 0, "old", scale=1 / times, gradient=1.0)
         if not any(noise):
             return head_segments(site, sources, plain, plain, plain)
-        segments = head_segments(
-            site, sources, plain, plain, replace(plain, noise=1.0)
-        )
+        segments = head_segments(site, sources, plain, plain, replace(plain, noise=1.0))
         return [replace(segment, noise=noise[segment.copy]) for segment in segments]
 
 
