@@ -200,7 +200,7 @@ def build_parser() -> Parser:
     command.source_config()
     command.trust_pickle()
     command.add_argument(
-        "--format", metavar="F", help="of the result: megatron or open_clip (default: the source's own)"
+        "--format", metavar="F", help="of the result: megatron, open_clip or hf (default: the source's own)"
     )
     command.dtype()
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of everything new (default: 0)")
@@ -216,7 +216,7 @@ def build_parser() -> Parser:
     )
     command.add_argument("src", metavar="SRC", help="the checkpoint")
     command.add_argument("dst", metavar="DST", help="where the result goes")
-    command.add_argument("--format", required=True, metavar="F", help="megatron or open_clip")
+    command.add_argument("--format", required=True, metavar="F", help="megatron, open_clip or hf")
     command.source_config()
     command.trust_pickle()
     command.dtype()

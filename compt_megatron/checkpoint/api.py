@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compt_megatron.checkpoint.commit import SINGLE_FILES
 from compt_megatron.checkpoint.contract import Reader, TensorInfo, dtype_name, slabs, split_name
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import FORMATS, detect, open_reader, open_writer
@@ -144,7 +145,8 @@ def convert(
 
     Returns one line for each thing that was left out because the format cannot hold it (also kept in the notes of the
     result). `config` replaces the model config that is written, where the same model's tokenizer is found elsewhere;
-    `attachments` are files {name: source} that an open_clip folder gets beside its own, the tokenizer's vocabulary.
+    `attachments` are files {name: source} that the folder gets beside its own, the tokenizer's vocabulary; those of the
+    source are passed on.
     Memory: a slab of 64 MiB, or one row, of a tensor. Raises UserError; then nothing is left behind.
     """
     keep_apart(src, dst)
@@ -152,14 +154,15 @@ def convert(
     try:
         assert reader.spec is not None
         kept, left_out = _what_fits(reader.tensors(), format)
+        files = {**reader.metadata().get("attachments", {}), **{n: str(p) for n, p in (attachments or {}).items()}}
+        left_out += _files_left_out(files, Path(dst), format)
         cast = {name: _as_dtype(name, info, dtype) for name, info in kept.items()}
         rounded = [f"weights cast to {dtype_name(dtype)}"] if dtype is not None and cast != kept else []
         known, kept = reader.metadata(), cast
-        metadata = {**known, "notes": [*(known.get("notes") or []), *left_out, *rounded]}
+        notes = [*(known.get("notes") or []), *left_out, *rounded]
+        metadata = {**known, "notes": notes, "attachments": files}
         target = reader.spec if config is None else replace(reader.spec, config=config)
         assert target.digest == reader.spec.digest, "another config of the same model"
-        if attachments:
-            metadata["attachments"] = {name: str(path) for name, path in attachments.items()}
         writer = open_writer(dst, format, target, overwrite=overwrite)
         try:
             writer.declare(kept)
@@ -174,6 +177,13 @@ def convert(
     finally:
         reader.close()
     return left_out
+
+
+def _files_left_out(files: dict[str, str], dst: Path, format: str) -> list[str]:
+    """A line if the result has no place for the files that lie beside the source's weights."""
+    if not files or (format in FORMATS and FORMATS[format].attachments and dst.suffix not in SINGLE_FILES):
+        return []
+    return [f"left out: {', '.join(sorted(files))}, the result has no place for them"]
 
 
 def keep_apart(src: str | Path, dst: str | Path) -> None:

@@ -112,13 +112,15 @@ class OpenWriter(Protocol):
 @dataclass(frozen=True)
 class Format:
     """One checkpoint format. `recognises` decides by content; without `open_writer` it is read only; `prefixes` are
-    the kinds of tensors that it can hold."""
+    the kinds of tensors that it can hold; `attachments`: whether its folders hold other people's files too, such as a
+    tokenizer's, which a reader and a writer pass on as the entry of that name in their metadata ({name: path})."""
 
     name: str
     recognises: Callable[[Path], bool]
     open_reader: OpenReader
     open_writer: OpenWriter | None
     prefixes: tuple[str, ...] = PREFIXES
+    attachments: bool = False
 
 
 def split_name(name: str) -> tuple[str, str]:

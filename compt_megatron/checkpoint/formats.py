@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from compt_megatron.checkpoint import megatron, open_clip
+from compt_megatron.checkpoint import huggingface, megatron, open_clip
 from compt_megatron.checkpoint.commit import is_partial
 from compt_megatron.checkpoint.contract import Exchange, Format, Layout, Reader, Task, Writer, dtype_name
 from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
@@ -17,7 +17,7 @@ from compt_megatron.spec.table import ModelSpec
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # a new format is one module and one entry here
-FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (megatron, open_clip)}
+FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (megatron, open_clip, huggingface)}
 
 
 def detect(path: str | Path) -> str:
@@ -80,8 +80,8 @@ def open_writer(
     """Begin a checkpoint of model `spec`; it appears at `path` when committed.
 
     Ranks that write one checkpoint together pass their `rank` of `world` and an all-gather of objects, and make all
-    collective calls (this one, declare, commit) together. `layout`: the model-parallel ranks that the files are cut for,
-    where the format cuts its files. Raises UserError if the format is unknown or read only, or
+    collective calls (this one, declare, commit) together. `layout`: the model-parallel ranks that the files are cut
+    for, where the format cuts its files. Raises UserError if the format is unknown or read only, or
     the path is taken.
     """
     if format not in FORMATS:

@@ -140,6 +140,8 @@ class OpenClipWriter(BoxWriter):
     format_name = "open_clip"
 
     def __init__(self, task: Task) -> None:
+        if task.spec.is_language_model:
+            raise UserError(f"{task.path}: open_clip has no language models; write '{task.spec.name}' as hf")
         self._places: dict[str, FilePlace] = {name: open_clip_place(task.spec, name) for name in task.spec.params}
         self._file: FlatFile | None = None
         super().__init__(task)
@@ -210,4 +212,4 @@ def _recognises(path: Path) -> bool:
     return is_state_file(path) and not holds_language_model(path)
 
 
-FORMAT = Format("open_clip", _recognises, OpenClipReader, OpenClipWriter, prefixes=("weight",))
+FORMAT = Format("open_clip", _recognises, OpenClipReader, OpenClipWriter, prefixes=("weight",), attachments=True)

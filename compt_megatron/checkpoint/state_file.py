@@ -11,7 +11,9 @@ import torch
 from compt_megatron.checkpoint.contract import Region, TensorInfo
 from compt_megatron.checkpoint.safetensors_file import SafetensorsFile, header_bytes, is_safetensors
 from compt_megatron.checkpoint.torch_file import TorchFile, is_torch_file, pickle_bytes
+from compt_megatron.errors import UserError
 
+_POINTER = b"version https://git-lfs.github.com/spec"
 _MOST_NAMES = 64 * 2**20  # bytes of a pickle that are looked through for names
 # the token embeddings of language models in transformers; open_clip's models have a vision tower
 _LANGUAGE_MODEL, _VISION = re.compile(rb"\b(wte|embed_tokens)\.weight"), re.compile(rb"\bvisual\.")
@@ -27,6 +29,9 @@ class StateFile(Protocol):
 
 def open_state_file(path: Path) -> StateFile:
     """Open a state dict. Raises UserError if it is damaged or holds something else."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path}: is git-lfs's pointer to the weights; fetch the file itself with `git lfs pull`")
     if path.suffix == ".safetensors" or is_safetensors(path):
         return SafetensorsFile(path)
     return TorchFile(path)

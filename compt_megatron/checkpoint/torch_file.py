@@ -37,7 +37,7 @@ def pickle_bytes(path: Path, limit: int) -> bytes:
 
 
 class TorchFile:
-    """One open file of torch.save. Raises UserError if it is damaged, holds no state dict or more than plain tensors."""
+    """An open file of torch.save. Raises UserError if it is damaged, holds no state dict or not only plain tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

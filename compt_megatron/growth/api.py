@@ -93,11 +93,12 @@ def grow(
         if exchange is not None:
             digest = exchange(digest)[0]
         certificate = certify(growth, digest, str(src), dtype_name(wanted) if wanted else None)
-        form = format or default_format(src, dst)
+        form = format or default_format(src, dst, target)
         writer = open_writer(dst, form, target, rank=shard[0], world=shard[1], exchange=exchange, overwrite=overwrite)
         try:
             execute(growth, reader, writer, shard=shard, dtype=wanted)
-            writer.commit({"certificate": certificate.to_dict(), "lineage": lineage(reader, growth, digest)})
+            record = {"certificate": certificate.to_dict(), "lineage": lineage(reader, growth, digest)}
+            writer.commit(record | {"attachments": reader.metadata().get("attachments", {})})
         except BaseException:
             writer.abort()
             raise
@@ -106,10 +107,10 @@ def grow(
         reader.close()
 
 
-def default_format(src: str | Path, dst: str | Path) -> str:
+def default_format(src: str | Path, dst: str | Path, target: ModelSpec) -> str:
     """The format of a result when none is named: that of a single file if `dst` is one, else the source's own."""
     if Path(dst).suffix in SINGLE_FILES:
-        return "open_clip"
+        return "hf" if target.is_language_model else "open_clip"
     own = detect(src)
     return own if FORMATS[own].open_writer is not None else "megatron"
 
