@@ -70,6 +70,11 @@ def check_layout(member: Member, world: int, where: str) -> None:
 
 def _check_objective(member: Member, where: str) -> None:
     name = member.settings.objective.name
+    if member.spec.is_language_model:
+        raise UserError(
+            f"{where}: {member.spec.name} is a language model; this version grows and converts those (compt grow), but "
+            "trains CLIP models and plain ViTs only"
+        )
     two_towers = "text" in member.spec.towers
     if name == "classify" and two_towers:
         raise UserError(f"{where}: objective 'classify' needs a model without text_cfg; use objective 'clip'")

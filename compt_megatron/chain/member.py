@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compt_megatron.data.tar_reader import is_local
 from compt_megatron.recipe.schema import Control, Link, Recipe, Settings
 from compt_megatron.recipe.sections import AlignSettings, GrowSettings
 from compt_megatron.spec.cost import sample_macs
@@ -36,12 +37,16 @@ class Member:
     def identity(self) -> str:
         """A hash of what decides the final weights. How it is spread over devices and what is logged do not."""
         settings = self.settings
+        data = settings.data.model_dump(exclude={"workers", "cache", "eval"})
+        train = [data["train"]] if isinstance(data["train"], str) else data["train"]
+        # The same shards elsewhere are the same data: a run goes on after its data have moved.
+        data["train"] = [Path(each).name if is_local(each) else each for each in train]
         said: dict[str, Any] = {
             "model": self.spec.digest,
             "seed": settings.seed,
             "precision": settings.precision,
             "objective": settings.objective.model_dump(),
-            "data": settings.data.model_dump(exclude={"workers", "cache", "eval"}),
+            "data": data,
             "optimizer": settings.optimizer.model_dump(),
             "grow": self.grow.model_dump() if self.grow else None,
             "align": self.align.model_dump() if self.align else None,

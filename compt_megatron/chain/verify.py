@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ def verify(path: str | Path, against: str | Path | None = None, spec: ModelSpec 
     """Verify a checkpoint, or every checkpoint that a run folder's ledger names.
 
     Checked are checksums, names, shapes and completeness; where a grown checkpoint's source is known (recorded, or
-    `against`) every grown tensor is made again and compared byte for byte, and the difference of features is measured
-    through open_clip where that is installed.
+    `against`) every grown tensor is made again and compared byte for byte, and the difference of outputs is measured
+    through open_clip or transformers, where that is installed and the models fit in memory.
 
     Returns one record a checkpoint: path, files ("ok"), growth (None or {against, tensors, elements}), parity (None
-    or relative differences of features), notes. Raises UserError at the first defect.
+    or relative differences of outputs), noise and noise_dtype (what the source's outputs are off by when computed in
+    that dtype, see `evaluate.parity.Parity`), notes. Raises UserError at the first defect.
     """
     path = Path(path)
     if (path / FILENAME).is_file():
@@ -34,7 +34,8 @@ def verify(path: str | Path, against: str | Path | None = None, spec: ModelSpec 
 def verify_checkpoint(path: Path, against: str | Path | None = None, spec: ModelSpec | None = None) -> dict[str, Any]:
     """The record of one checkpoint, see `verify`."""
     check(path, spec)
-    record: dict[str, Any] = {"path": str(path), "files": "ok", "growth": None, "parity": None, "notes": []}
+    record: dict[str, Any] = {"path": str(path), "files": "ok", "growth": None, "parity": None, "noise": None}
+    record |= {"noise_dtype": None, "notes": []}
     reader = open_reader(path, spec)
     try:
         known = reader.metadata()
@@ -52,26 +53,25 @@ def verify_checkpoint(path: Path, against: str | Path | None = None, spec: Model
     if not report.ok:
         raise UserError(report.describe().splitlines()[0])
     record["growth"] = {"against": report.against, "tensors": report.tensors, "elements": report.elements}
-    record["parity"] = _parity(source, path, report.certificate.source_spec(), spec)
-    return record
+    return record | _parity(source, path, report.certificate.source_spec(), spec)
 
 
-def _parity(source: Path, grown: Path, source_spec: ModelSpec, spec: ModelSpec | None) -> dict[str, float] | None:
-    if importlib.util.find_spec("open_clip") is None:
-        return None
-    from compt_megatron.evaluate.parity import parity
+def _parity(source: Path, grown: Path, source_spec: ModelSpec, spec: ModelSpec | None) -> dict[str, Any]:
+    """The entries `parity`, `noise` and `noise_dtype` of a record, and `notes` where they could not be measured."""
+    from compt_megatron.evaluate.parity import measure
 
     first = open_reader(source, source_spec)
     try:
-        if first.spec is None or "vision_cfg" not in first.spec.config:  # a family that open_clip does not have
-            return None
         second = open_reader(grown, spec)
         try:
-            return parity(first, second)
+            found = measure(first, second)
         finally:
             second.close()
     finally:
         first.close()
+    if found.note:
+        return {"notes": [found.note]}
+    return {"parity": dict(found.errors), "noise": dict(found.noise), "noise_dtype": found.dtype}
 
 
 def _verify_run(run_dir: Path) -> list[dict[str, Any]]:

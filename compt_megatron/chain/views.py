@@ -125,9 +125,9 @@ def print_verification(records: list[dict[str, Any]]) -> None:
                 f"{record['growth']['tensors']} tensors byte for byte as grown from {record['growth']['against']}"
             )
         if record["parity"]:
-            parts.append(
-                "features differ by " + ", ".join(f"{name} {value:.1e}" for name, value in record["parity"].items())
-            )
+            noise = record["noise"]
+            found = (f"{name} {value:.1e} (noise {noise[name]:.1e})" for name, value in record["parity"].items())
+            parts.append(f"outputs differ by {', '.join(found)}, noise being that of {record['noise_dtype']}")
         print(f"{record['path']}: {'; '.join(parts)}")
         for note in record["notes"]:
             print(f"  note: {note}")

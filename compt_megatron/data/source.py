@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from compt_megatron.recipe.files import expanded, read_json
 BuiltIn = tuple[list[str], dict[str, int], list[str] | None]
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
+_MOST_SHARDS = 10_000_000  # so that a slip of the finger in a pattern does not fill the memory
 
 
 @dataclass
@@ -109,6 +112,9 @@ def _expand(spec: str, beside: Path | None) -> list[str]:
     """The shards of one entry: a folder's archives, a pattern's expansions, or the entry itself."""
     from webdataset.shardlists import expand_urls
 
+    number = prod(abs(int(last) - int(first)) + 1 for first, last in re.findall(r"\{(\d+)\.\.(\d+)\}", spec))
+    if number > _MOST_SHARDS:
+        raise UserError(f"data {spec!r}: the pattern stands for {number:,} shards; {_MOST_SHARDS:,} are the most")
     try:
         urls = expand_urls(spec)
     except (AssertionError, ValueError) as error:

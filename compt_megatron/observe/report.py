@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compt_megatron.checkpoint.commit import no_room
 from compt_megatron.observe import table
 from compt_megatron.observe.family import Family, read_family
 from compt_megatron.observe.figure import PRINT, THEMED, Palette, png, svg
@@ -31,18 +32,35 @@ def write_report(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | 
     verdict = judge(family)
     folder = Path(out) if out is not None else run_dir / "report"
     pictures = _pictures(family, run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, bytes] = {}
     for name, _, _, draw in pictures:
         if (figure := draw(PRINT, WIDE)) is not None:
-            (folder / f"{name}.png").write_bytes(png(figure))
-    (folder / "report.json").write_text(json.dumps(as_json(family, verdict), indent=1) + "\n", encoding="utf-8")
-    (folder / "report.csv").write_text(table.as_csv(family), encoding="utf-8")
+            files[f"{name}.png"] = png(figure)
+    files["report.json"] = (json.dumps(as_json(family, verdict), indent=1) + "\n").encode()
+    files["report.csv"] = table.as_csv(family).encode()
     recipe = run_dir / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    page = render(family, verdict, _drawn(pictures), text, _command(family, run_dir))
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    files["report.html"] = render(family, verdict, _drawn(pictures), text, _command(family, run_dir)).encode()
+    _write(folder, files)
+    return folder / "report.html"
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """All files or none: each is written beside its name first. Raises UserError where the disk is full."""
+    made = not folder.exists()
+    try:
+        with no_room(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                (folder / f"{name}.new").write_bytes(content)
+    except BaseException:
+        for name in files:
+            (folder / f"{name}.new").unlink(missing_ok=True)
+        if made and folder.is_dir():
+            folder.rmdir()
+        raise
+    for name in files:
+        os.replace(folder / f"{name}.new", folder / name)
 
 
 def as_json(family: Family, verdict: Verdict) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class DataSettings(Section):
     )
     eval: list[str] = Field(default_factory=list, description="Held-out sources, evaluated in this order.")
     batch_size: Positive = Field(description="Samples of a step over all ranks (the global batch).")
-    captions: Positive = Field(default=1, description="Captions of every sample that a step uses.")
+    captions: Positive = Field(default=1, le=1024, description="Captions of every sample that a step uses.")
     workers: Natural = Field(default=0, description="Loader processes of each rank; 0 loads in the training process.")
     streams: Positive | None = Field(
         default=None,

@@ -10,7 +10,8 @@ def forward_macs(spec: ModelSpec, tower: str) -> int:
 
     Counted are the patch convolution, every matrix of the blocks, attention scores and weighted values (in full, also
     under a causal mask, as PyTorch counts them) and the projection of the pooled token; not counted are biases, norms,
-    activations, embedding look-ups and the loss. One MAC is two FLOPs.
+    activations, embedding look-ups and the loss. One MAC is two FLOPs. A language model's head is counted for every
+    token.
     """
     shape = spec.towers[tower]
     matrices = sum(_uses(param, shape) * param.numel for param in spec.params.values() if param.tower == tower)
@@ -19,13 +20,20 @@ def forward_macs(spec: ModelSpec, tower: str) -> int:
 
 
 def sample_macs(spec: ModelSpec, captions: int = 1) -> int:
-    """Forward MACs of one training sample: its image, and each of its captions where the model has a text tower."""
+    """Forward MACs of one training sample: its image, and each of its captions where the model has a text tower.
+
+    Of a language model: one sequence of its longest length.
+    """
+    if spec.is_language_model:
+        return forward_macs(spec, "text")
     return forward_macs(spec, "vision") + (captions * forward_macs(spec, "text") if "text" in spec.towers else 0)
 
 
 def _uses(param: Param, tower: Tower) -> int:
     """How many vectors a forward pass of one sample multiplies by this parameter."""
     axes = {dim.axis for dim in param.dims}
+    if tower.pool == "none" and "vocab" in axes and (tower.tied or param.stage == "post"):  # the language-model head
+        return tower.tokens
     if len(param.dims) < 2 or axes & {"tokens", "vocab"}:  # biases and norms; embeddings, which are looked up
         return 0
     if "patch" in axes:

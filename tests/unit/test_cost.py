@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compt_megatron.spec.cost import forward_macs, sample_macs
 from compt_megatron.spec.families import load_spec, spec_from_config
 from compt_megatron.torchvision_mend import ensure_torchvision
+from tests.unit.lm_helpers import gpt2, hf_model, llama, make_spec
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "tok": {
@@ -58,3 +59,14 @@ def test_a_sample_is_its_image_and_every_caption() -> None:
     assert sample_macs(spec, 7) == image + 7 * text
     vit = spec_from_config({key: value for key, value in spec.config.items() if key != "text_cfg"}, "vit")
     assert sample_macs(vit, 7) == image
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", [llama, gpt2])
+def test_macs_of_a_language_model(family: Any, tied: bool) -> None:
+    """The head counts, tied or not; a causal mask saves nothing."""
+    config = family(tie_word_embeddings=tied)
+    spec = make_spec(config)
+    model, length = hf_model(config), spec.towers["text"].tokens
+    assert forward_macs(spec, "text") == counted_macs(model, "forward", torch.randint(1, 60, (2, length)))
+    assert sample_macs(spec) == forward_macs(spec, "text")

@@ -252,3 +252,8 @@ def test_gzip_of_a_tar_is_recognised_by_content(tmp_path: Path) -> None:
     disguised = tmp_path / "x.tar"
     disguised.write_bytes(gzip.compress(plain.read_bytes()))
     assert ShardSource.open(str(disguised)).sizes == [3]
+
+
+def test_a_pattern_of_too_many_shards_is_refused_before_it_is_expanded() -> None:
+    with pytest.raises(UserError, match=r"stands for 1,000,000,000,000 shards"):
+        ShardSource.open("shards/{0..999999}-{0..999999}.tar")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 from html.parser import HTMLParser
@@ -224,3 +225,18 @@ def test_colours_read_on_their_page() -> None:
         for colour in (*series, colours["ink"], colours["muted"]):
             light, dark = sorted((luminance(colour), paper), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5, colour
+
+
+def test_a_full_disk_leaves_no_half_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run")
+    written = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name.startswith("report.html"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"report: cannot be written \(No space left on device\)"):
+        write_report(run)
+    assert not (run / "report").exists()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from compt_megatron.chain.member import link_members
 from compt_megatron.chain.planner import check_recipe, make_plan
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.load import load_recipe, recipe_from
@@ -163,3 +164,15 @@ def test_a_run_checks_augmentation_and_sources_first(data: dict[str, Any], messa
     check_recipe(load_recipe("emoji"))
     with pytest.raises(UserError, match=message):
         check_recipe(load_recipe("emoji", [f"data.{key}={value}" for key, value in data.items()]))
+
+
+def test_a_run_goes_on_after_its_data_have_moved() -> None:
+    """What decides the weights is which shards, not where they lie."""
+    recipe = load_recipe("cc3m")
+
+    def identity(train: str) -> str:
+        return link_members(load_recipe("cc3m", [f"data.train={train}"]), None)[0].identity
+
+    assert link_members(recipe, None)[0].identity
+    assert identity("/old/shards/{0..3}.tar") == identity("/new/{0..3}.tar")
+    assert identity("/old/shards/{0..3}.tar") != identity("/old/shards/{0..4}.tar")
