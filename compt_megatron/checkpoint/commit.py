@@ -9,24 +9,20 @@ accepts it, and the next run replaces it. A destination that is a single file (`
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from compt_megatron.checkpoint.contract import Exchange
 from compt_megatron.checkpoint.manifest import MANIFEST, manifest_bytes, manifest_path
+from compt_megatron.checkpoint.out_file import HashedFile, no_room  # noqa: F401
 from compt_megatron.checkpoint.party import Party
+from compt_megatron.checkpoint.sums import file_hash  # noqa: F401
 from compt_megatron.errors import UserError
 
 SINGLE_FILES = (".pt", ".safetensors")
 _PARTIAL = ".partial"
-_BLOCK = 4 * 2**20  # bytes hashed at a time
 _MARGIN = 16 * 2**20  # bytes left free on the disk beyond the tensors: metadata, compt.json, a log line
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -38,71 +34,6 @@ def partial_path(path: Path) -> Path:
 
 def is_partial(path: Path) -> bool:
     return path.name.endswith(_PARTIAL)
-
-
-@contextmanager
-def no_room(path: Path) -> Iterator[None]:
-    """Turn the errors of a full disk, quota or broken medium while writing `path` into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-            raise
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or write elsewhere") from error
-
-
-class HashedFile:
-    """A new file that hashes (xxh3, 64 bits) what is appended to it; a binary stream for torch.save and pickle."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb")  # noqa: SIM115 - finish() or close() closes it
-        self._hash = xxhash.xxh3_64()
-        self._path, self.name, self.size = path, path.name, 0
-        self._error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        self._hash.update(data)
-        self.size += (count := memoryview(data).nbytes)
-        try:
-            if self._error is None:
-                self._file.write(data)
-        except OSError as error:  # kept for flush and finish: it must not travel through torch's C++ writer
-            self._error = error
-        return count
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        """Report an error that a write met. Bytes reach the disk in `finish`, not after every archive."""
-        with no_room(self._path):
-            if self._error is not None:
-                raise self._error
-
-    def finish(self) -> tuple[str, str, int]:
-        """Make it durable; returns its name, hash and size in bytes."""
-        self.flush()
-        with no_room(self._path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        return self.name, self._hash.hexdigest(), self.size
-
-    def close(self) -> None:
-        """Give up the file: what is still in its buffer may not fit on the disk either."""
-        with suppress(OSError):
-            self._file.close()
-
-
-def file_hash(path: Path) -> str:
-    """xxh3 (64 bits, hex) of a file's bytes, read in blocks."""
-    digest = xxhash.xxh3_64()
-    buffer = bytearray(_BLOCK)
-    view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-    return digest.hexdigest()
 
 
 class Destination:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from compt_megatron.checkpoint.commit import no_room
-from compt_megatron.checkpoint.contract import TensorInfo
+from compt_megatron.checkpoint.contract import Region, TensorInfo
+from compt_megatron.checkpoint.out_file import OutFile, no_room
+from compt_megatron.checkpoint.saved_tensor import read_strided
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -49,16 +49,38 @@ class FlatFile:
         self._header = len(text).to_bytes(8, "little") + text
         self._starts = {key: len(self._header) + start for key, start in starts.items()}
         self._size = len(self._header) + at
-        self._descriptor = -1
+        self._out: OutFile | None = None
+        self._header_is_ours = False
+
+    @property
+    def out(self) -> OutFile:
+        assert self._out is not None, f"{self.path} is not open"
+        return self._out
 
     def create(self) -> None:
-        """Make the file, whole in size; one rank does this before any rank opens it."""
-        with no_room(self.path), open(self.path, "xb") as file:
+        """Make the file, whole in size; one rank does this before any rank opens it. One that a killed run left in
+        this layout is kept, with all that was written to it."""
+        self._header_is_ours = True
+        if self._is_there():
+            return
+        with no_room(self.path), open(self.path, "wb") as file:
             file.write(self._header)
             file.truncate(self._size)
 
+    def _is_there(self) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size != self._size:
+            return False
+        with open(self.path, "rb") as file:
+            return file.read(len(self._header)) == self._header
+
     def open(self) -> None:
-        self._descriptor = os.open(self.path, os.O_RDWR)
+        self._out = OutFile(self.path)
+        if self._header_is_ours:
+            self._out.sums.update(0, memoryview(self._header))
+
+    def position(self, key: str) -> int:
+        """The byte at which tensor `key` begins."""
+        return self._starts[key]
 
     def write(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
         """Store a box of tensor `key`."""
@@ -68,15 +90,17 @@ class FlatFile:
     def _write_box(self, start: int, shape: tuple[int, ...], offsets: tuple[int, ...], box: torch.Tensor) -> None:
         if not shape or tuple(box.shape[1:]) == shape[1:]:
             at = offsets[0] * prod(shape[1:]) * box.dtype.itemsize if shape else 0
-            view = box.reshape(-1).view(torch.uint8).numpy().data
-            while view:
-                with no_room(self.path):
-                    count = os.pwrite(self._descriptor, view, start + at)
-                view, at = view[count:], at + count
+            self.out.put(start + at, box.reshape(-1).view(torch.uint8).numpy())
             return
         step = prod(shape[1:]) * box.dtype.itemsize
         for index in range(box.shape[0]):
             self._write_box(start + (offsets[0] + index) * step, shape[1:], offsets[1:], box[index])
+
+    def read_back(self, key: str, region: Region) -> torch.Tensor:
+        """A box of tensor `key` as it lies in the file."""
+        info = self.tensors[key]
+        self.out.drain()
+        return read_strided(self.out.descriptor, self._starts[key], info.shape, info.dtype, region)
 
     def mapped(self) -> dict[str, torch.Tensor]:
         """All tensors, their bytes mapped from the file and not in memory; each is a storage of its own."""
@@ -89,11 +113,9 @@ class FlatFile:
 
     def finish(self) -> None:
         """Make durable what this process wrote."""
-        with no_room(self.path):
-            os.fsync(self._descriptor)
-        self.close()
+        self.out.sync()
+        self.out.close()
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._out is not None:
+            self._out.close()

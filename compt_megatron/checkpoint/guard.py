@@ -1,14 +1,69 @@
-"""A damaged file is found before anything of it is used: every data file is checked once, when first opened."""
+"""A damaged file is found before anything made of it counts: every data file is compared with its checksum once.
+
+Where a checkpoint is opened for use, a file is checked before anything of it is returned. Where it is copied or grown
+(`deferred`), that would read it twice: there the large files are checked beside the work, shared among the workers, and
+nothing is committed before `Checks.settle` has returned.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from compt_megatron.checkpoint.commit import file_hash
+from compt_megatron.checkpoint.sums import PIECE, piece_sums, pieces, split_sums, whole_hash
 from compt_megatron.errors import UserError
 
 _SMALL = 2**20  # bytes of a file that is hashed when its checkpoint is opened
+_LARGE = PIECE  # bytes above which a check may be deferred
+_AT_ONCE = 8  # pieces that are checked in one go
+
+
+class Checks:
+    """Checks of this worker's share of the files, made by a thread beside the work."""
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+        self._thread = ThreadPoolExecutor(1, "check")
+        self._pending: list[Future[None]] = []
+        self._given_up = threading.Event()
+
+    def add(self, check: Callable[[], None]) -> None:
+        """Let `check`, which raises UserError, be called soon."""
+        self._pending.append(self._thread.submit(lambda: None if self._given_up.is_set() else check()))
+
+    def settle(self) -> None:
+        """Wait until all is checked. Raises UserError if something was damaged."""
+        for done in wait(self._pending, return_when=FIRST_EXCEPTION).done:
+            done.result()
+        self._pending = [future for future in self._pending if not future.done()]
+
+    def close(self) -> None:
+        """Give up what was not checked yet."""
+        self._given_up.set()
+        self._thread.shutdown(cancel_futures=True)
+
+
+_deferred: ContextVar[Checks | None] = ContextVar("deferred", default=None)
+
+
+@contextmanager
+def deferred(rank: int = 0, world: int = 1) -> Iterator[Checks]:
+    """Checkpoints that are opened inside check their large files in the background; see the module's docstring.
+
+    Every one of `world` workers must do so: each checks its share.
+    """
+    checks = Checks(rank, world)
+    token = _deferred.set(checks)
+    try:
+        yield checks
+    finally:
+        _deferred.reset(token)
+        checks.close()
 
 
 class Guard:
@@ -18,8 +73,11 @@ class Guard:
         self.folder = folder
         self._sums: dict[str, str] | None = None if manifest is None else manifest["checksums"]
         self._sizes: dict[str, int] = {} if manifest is None else manifest["files"]
+        self._whole = manifest is not None and manifest["format_version"] == 1
         self._checked: set[str] = set()
         self._check_cheaply()
+        if (checks := _deferred.get()) is not None and self._sums is not None:
+            self._defer(checks)
 
     def _check_cheaply(self) -> None:
         """What costs next to nothing when a checkpoint is opened: that all files are there in their sizes, and the
@@ -30,6 +88,20 @@ class Guard:
             else:
                 self._compare_size(self._existing(name), name)
 
+    def _defer(self, checks: Checks) -> None:
+        """Hand this worker's share of the large files over: whole files in turn, or else a run of the pieces of each."""
+        large = [name for name, size in sorted(self._sizes.items()) if size > _LARGE]
+        self._checked.update(large)
+        for index, name in enumerate(large):
+            first, last = self._share(index, pieces(self._sizes[name]), checks)
+            for at in range(first, last, _AT_ONCE):
+                checks.add(lambda name=name, at=at, last=last: self._compare(name, at, min(at + _AT_ONCE, last)))
+
+    def _share(self, index: int, count: int, checks: Checks) -> tuple[int, int]:
+        if self._whole:
+            return 0, int(index % checks.world == checks.rank)
+        return checks.rank * count // checks.world, (checks.rank + 1) * count // checks.world
+
     def file(self, name: str) -> Path:
         """The path of a file, checked. Raises UserError if it is missing, truncated or changed."""
         path = self.folder / name
@@ -37,7 +109,12 @@ class Guard:
             return path
         self._existing(name)
         if self._sums is not None:
-            self._compare(path, name)
+            if name not in self._sums:
+                raise UserError(
+                    f"{path}: is not among the files that compt.json lists; remove it or restore the checkpoint"
+                )
+            self._compare_size(path, name)
+            self._compare(name, 0, pieces(self._sizes[name]))
         self._checked.add(name)
         return path
 
@@ -55,14 +132,15 @@ class Guard:
                 "restore it or use another checkpoint"
             )
 
-    def _compare(self, path: Path, name: str) -> None:
+    def _compare(self, name: str, first: int, last: int) -> None:
+        """Compare pieces [first, last) of a file with their sums (in format version 1: all of it with its own)."""
         assert self._sums is not None
-        if name not in self._sums:
-            raise UserError(
-                f"{path}: is not among the files that compt.json lists; remove it or restore the checkpoint"
-            )
-        self._compare_size(path, name)
-        if file_hash(path) != self._sums[name]:
+        path = self.folder / name
+        if self._whole:
+            good = whole_hash(path) == self._sums[name]
+        else:
+            good = list(piece_sums(path, first, last)) == split_sums(self._sums[name])[first:last]
+        if not good:
             raise UserError(f"{path}: its bytes do not match their checksum; restore it or use another checkpoint")
 
     def check_all(self) -> None:

@@ -15,7 +15,8 @@ from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
 
 MANIFEST = "compt.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2, checksums are those of sums.py; in version 1 a file has one for all its bytes
+_READABLE = (1, FORMAT_VERSION)
 
 _WRITTEN_BY_US = ("format_version", "created_by", "format", "spec", "tensors", "files", "checksums", "self")
 _NOT_KEPT = ("attachments",)  # where the files lie that go beside the weights: no matter of the checkpoint
@@ -36,7 +37,7 @@ def make_manifest(
 ) -> dict[str, Any]:
     """The content of compt.json: what the caller gives in `metadata`, and what only the writer knows.
 
-    `files`: (name, xxh3 hex, bytes) of every other file. Entries of `metadata` that belong to the writer are replaced,
+    `files`: (name, checksum, bytes) of every other file. Entries of `metadata` that belong to the writer are replaced,
     so that the metadata of a source can be handed to the writer of its copy.
     """
     given = {key: value for key, value in metadata.items() if key not in (*_WRITTEN_BY_US, *_NOT_KEPT)}
@@ -86,7 +87,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
             raise TypeError
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file}: damaged, not a compt.json; restore the checkpoint from a copy") from error
-    if found != FORMAT_VERSION:
+    if found not in _READABLE:
         raise UserError(
             f"{file}: format_version {found} is not supported (here: {FORMAT_VERSION}); update compt_megatron"
         )

@@ -139,9 +139,9 @@ def test_a_stranger_in_the_folder_and_a_newer_version(run: Path) -> None:
     _refused(lambda: check(run), "notes.txt")
     (run / "notes.txt").unlink()
     content = json.loads((run / "compt.json").read_text())
-    content = {**content, "format_version": 2}
+    content = {**content, "format_version": 3}
     (run / "compt.json").write_bytes(manifest_bytes({k: v for k, v in content.items() if k != "self"}))
-    _refused(lambda: open_reader(run), "format_version 2", "update compt_megatron")
+    _refused(lambda: open_reader(run), "format_version 3", "update compt_megatron")
     (run / "compt.json").write_text("{}")
     _refused(lambda: open_reader(run), "compt.json", "damaged")
 
