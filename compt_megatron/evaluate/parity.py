@@ -1,116 +1,112 @@
-"""How far two checkpoints' features are apart, measured with open_clip's own models: independent of our towers."""
+"""How far two checkpoints' outputs are apart, run by the ecosystem's own code: open_clip's models or transformers'.
+
+Neither shares a line with our own towers, so that what they compute is what a user of the checkpoint gets.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from compt_megatron.checkpoint.contract import Reader
+from compt_megatron.checkpoint.contract import Reader, dtype_name
 from compt_megatron.errors import UserError
-from compt_megatron.spec.open_clip_names import open_clip_place, open_clip_shapes
+from compt_megatron.evaluate.memory import available_memory
 from compt_megatron.spec.table import ModelSpec
-from compt_megatron.torchvision_mend import ensure_torchvision
+
+_WIDEST = 8  # bytes of an element of the model that is run in fp64
+_MARGIN = 2**28  # bytes for activations and outputs
+
+Outputs = dict[str, torch.Tensor]
 
 
-def parity(reader_a: Reader, reader_b: Reader, batch: int = 16, seed: int = 0) -> dict[str, float]:
-    """{"image": ..., "text": ...}: relative errors ||b - a|| / ||a|| of un-normalised fp32 features on one probe batch.
+@dataclass(frozen=True)
+class Parity:
+    """`errors`: name of an output -> relative error ||b - a|| / ||a|| of both run in fp32. `noise`: what the first
+    model's outputs, run in `dtype`, are off by from the same run in fp64; `dtype` is the coarser one of those that the
+    weights are stored in. `note`: why nothing was measured (both are empty then)."""
 
-    With two towers also "logits": that of the cosine similarities between the batch's images and texts. Where b's
-    joint embedding is wider, its leading entries are compared: growth puts a's features there.
+    errors: Mapping[str, float]
+    noise: Mapping[str, float]
+    dtype: str
+    note: str = ""
+
+
+def measure(reader_a: Reader, reader_b: Reader, seed: int = 0) -> Parity:
+    """The relative errors between two checkpoints on one seeded probe batch, beside the noise of their dtype.
+
     Raises UserError for a checkpoint without a model and for models that do not take the same input.
     """
-    image_size, context, vocab = _inputs(reader_a), *_text_inputs(reader_a)
-    if (image_size, context) != (_inputs(reader_b), _text_inputs(reader_b)[0]):
-        raise UserError(
-            f"{reader_a.path} and {reader_b.path} hold models of different image size or context; no parity"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch, 3, image_size, image_size, generator=generator)
-    texts = None
-    if context:
-        vocab = min(vocab, _text_inputs(reader_b)[1])
-        texts = torch.randint(1, vocab - 1, (batch, context), generator=generator)
-        ends = torch.randint(2, context, (batch,), generator=generator) if context > 2 else torch.ones(batch).long()
-        for row, end in enumerate(ends.tolist()):
-            texts[row, end] = _end_of_text(reader_a, vocab)
-            texts[row, end + 1 :] = 0
-    a, b = _features(reader_a, images, texts), _features(reader_b, images, texts)
-    errors = {tower: _relative(a[tower], b[tower][:, : a[tower].shape[1]]) for tower in a}
-    if texts is not None:
-        errors["logits"] = _relative(_logits(a), _logits(b))
-    return errors
+    a, b = spec_of(reader_a), spec_of(reader_b)
+    dtype = _coarser(reader_a, reader_b)
+    family = _family(a)
+    if importlib.util.find_spec(family.LIBRARY) is None:
+        return Parity({}, {}, dtype_name(dtype), f"parity was not measured: {family.LIBRARY} is not installed")
+    needed, free = _WIDEST * max(a.numel, b.numel) + _MARGIN, available_memory()
+    if needed > free:
+        sizes = f"it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        return Parity({}, {}, dtype_name(dtype), f"parity was not measured: {sizes}")
+    probe = family.probe(reader_a, reader_b, seed)
+    model = family.build(reader_a)
+    first = _run(family, model, probe, torch.float32)
+    exact = _run(family, model, probe, torch.float64)
+    rounded = first if dtype == torch.float32 else _run(family, model, probe, dtype)
+    del model
+    second = _run(family, family.build(reader_b), probe, torch.float32)
+    return Parity(_errors(first, second), _errors(exact, rounded), dtype_name(dtype))
 
 
-def open_clip_model(reader: Reader) -> torch.nn.Module:
-    """open_clip's model of a checkpoint, fp32 on the CPU, strictly loaded: `CLIP`, or its vision tower for a plain
-    ViT."""
-    spec = _spec(reader)
-    state = open_clip_state(reader)
-    ensure_torchvision()
-    from open_clip.model import CLIP, _build_vision_tower
+def parity(reader_a: Reader, reader_b: Reader, seed: int = 0) -> dict[str, float]:
+    """The errors alone: "image" and "text" are un-normalised features of open_clip's towers, "logits" the
+    cosine similarities between the batch's images and texts, or a language model's logits.
 
-    config = spec.config
-    with torch.random.fork_rng(devices=[]):
-        if spec.family == "clip":
-            fields = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
-            model: torch.nn.Module = CLIP(**{field: config[field] for field in fields if field in config})
-        else:
-            model = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
-            state = {name.removeprefix("visual."): tensor for name, tensor in state.items()}
-    model.load_state_dict(state, strict=True)
-    return model.eval()
+    Where b's joint embedding is wider, its leading entries are compared: growth puts a's features there.
+    """
+    family = _family(spec_of(reader_a))
+    probe = family.probe(reader_a, reader_b, seed)
+    a, b = (_run(family, family.build(reader), probe, torch.float32) for reader in (reader_a, reader_b))
+    return _errors(a, b)
 
 
-def open_clip_state(reader: Reader) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint under open_clip's names, fp32."""
-    spec = _spec(reader)
-    state = {key: torch.empty(shape) for key, shape in open_clip_shapes(spec).items()}
-    for name in spec.params:
-        place, tensor = open_clip_place(spec, name), reader.read(f"weight/{name}").float()
-        if place.rows is None:
-            state[place.key].copy_(tensor)
-        else:
-            state[place.key][place.start : place.start + place.rows] = tensor
-    return state
-
-
-def _features(reader: Reader, images: torch.Tensor, texts: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    model: Any = open_clip_model(reader)
-    with torch.no_grad():
-        if texts is None:
-            return {"image": model(images)}
-        return {"image": model.encode_image(images), "text": model.encode_text(texts)}
-
-
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((b.double() - a.double()).norm() / a.double().norm())
-
-
-def _logits(features: dict[str, torch.Tensor]) -> torch.Tensor:
-    image, text = (torch.nn.functional.normalize(features[tower], dim=-1) for tower in ("image", "text"))
-    return image @ text.T
-
-
-def _spec(reader: Reader) -> ModelSpec:
+def spec_of(reader: Reader) -> ModelSpec:
+    """The checkpoint's model. Raises UserError where it is not recorded."""
     if reader.spec is None:
         raise UserError(f"{reader.path}: does not record its model config; name it with --from")
     return reader.spec
 
 
-def _inputs(reader: Reader) -> int:
-    size = _spec(reader).config["vision_cfg"].get("image_size", 224)
-    return int(size[0] if isinstance(size, (list, tuple)) else size)
+def _family(spec: ModelSpec) -> ModuleType:
+    """The module that runs models of a family: LIBRARY, probe(a, b, seed), build(reader), run(model, probe)."""
+    from compt_megatron.evaluate import parity_clip, parity_lm
+
+    return parity_lm if spec.is_language_model else parity_clip
 
 
-def _text_inputs(reader: Reader) -> tuple[int, int]:
-    """(context length, vocabulary), (0, 0) for a plain ViT."""
-    text_cfg = _spec(reader).config.get("text_cfg")
-    if text_cfg is None:
-        return 0, 0
-    return int(text_cfg.get("context_length", 77)), int(text_cfg.get("vocab_size", 49408))
+def _run(family: ModuleType, model: torch.nn.Module, probe: Any, dtype: torch.dtype) -> Outputs:
+    """The model's outputs with its parameters in `dtype`, in which it is left: fp32 comes back from fp64 unchanged.
+
+    Buffers keep theirs: the tables of rotary positions are fp32 in every model.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float().to(dtype)
+    with torch.no_grad():
+        outputs: Outputs = family.run(model, probe)
+    return outputs
 
 
-def _end_of_text(reader: Reader, vocab: int) -> int:
-    text_cfg = _spec(reader).config["text_cfg"]
-    return int(text_cfg.get("eos_id", 2)) if text_cfg.get("pool_type") == "eos" else vocab - 1
+def _coarser(*readers: Reader) -> torch.dtype:
+    """The dtype with the largest rounding error among those of the weights; fp32 at least, as models run in it."""
+    dtypes = {info.dtype for reader in readers for name, info in reader.tensors().items() if name.startswith("weight/")}
+    return max((torch.float32, *dtypes), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _errors(a: Outputs, b: Outputs) -> dict[str, float]:
+    return {name: _relative(value, b[name][..., : value.shape[-1]]) for name, value in a.items()}
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((b.double() - a.double()).norm() / a.double().norm())

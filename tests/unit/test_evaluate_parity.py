@@ -11,7 +11,8 @@ import torch
 
 from compt_megatron.checkpoint.contract import Region, TensorInfo
 from compt_megatron.errors import UserError
-from compt_megatron.evaluate.parity import open_clip_model, open_clip_state, parity
+from compt_megatron.evaluate.parity import parity
+from compt_megatron.evaluate.parity_clip import build, open_clip_state
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.random import initial
 
@@ -79,7 +80,7 @@ def test_a_wider_joint_embedding_is_compared_on_its_leading_entries() -> None:
 
 def test_the_model_has_the_checkpoints_weights() -> None:
     reader = InMemory(CONFIG)
-    model, state = open_clip_model(reader), open_clip_state(reader)
+    model, state = build(reader), open_clip_state(reader)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items() if name in state)
     key = state["visual.transformer.resblocks.0.attn.in_proj_weight"]
     assert torch.equal(key[16:32], reader.weights["weight/visual.transformer.resblocks.0.attn.k_proj.weight"])
