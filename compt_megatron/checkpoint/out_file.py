@@ -1,4 +1,4 @@
-"""A file that is written in long runs, past the page cache where the system allows it.
+"""Files that are written in long runs, past the page cache where the system allows it.
 
 Writing through the page cache costs a copy and a page for every 4 kB, which on a fast disk is most of the time, and
 drives everything else out of memory. So bytes that follow each other are gathered in blocks, and the whole pages of a
@@ -26,10 +26,8 @@ from compt_megatron.errors import UserError
 
 _PAGE = 4096  # bytes; where direct writes begin and end, in the file and in memory
 _BLOCK = 8 * 2**20  # bytes gathered before they are written
-_BLOCKS = 3  # one that is filled while two are on their way
-_WORTH = 2**20  # bytes from which a direct write pays
-
-_this = threading.local()  # .file: the one that this thread writes to; the others hold no blocks
+_BLOCKS = 4  # of a thread: one that is filled while the others are on their way
+_WORTH = 2**19  # bytes from which a direct write pays
 
 
 @contextmanager
@@ -43,60 +41,108 @@ def no_room(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or write elsewhere") from error
 
 
+class _Blocks:
+    """The blocks of one thread, shared by the files that it writes, and the threads that carry them to the disk."""
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+        self._made = 0
+        self._under_way: deque[tuple[Future[None], mmap.mmap, OutFile]] = deque()
+        self._threads = ThreadPoolExecutor(_BLOCKS - 1, "write")
+        self.filling: OutFile | None = None  # the file that has a block; no other has one
+
+    def take(self) -> mmap.mmap:
+        if not self._free and self._made == _BLOCKS:
+            self._settle()
+        if not self._free:
+            self._made += 1
+            self._free.append(mmap.mmap(-1, _BLOCK))
+        return self._free.pop()
+
+    def give_back(self, block: mmap.mmap) -> None:
+        self._free.append(block)
+
+    def send(self, file: OutFile, block: mmap.mmap, base: int, first: int, stop: int) -> None:
+        self._under_way.append((self._threads.submit(file.store, block, base, first, stop), block, file))
+
+    def settle(self, file: OutFile) -> None:
+        """Wait for all blocks of `file` that are on their way."""
+        while any(sent is file for _, _, sent in self._under_way):
+            self._settle()
+
+    def _settle(self) -> None:
+        future, block, file = self._under_way.popleft()
+        try:
+            future.result()
+        except OSError as error:
+            file.error = file.error or error
+        self._free.append(block)
+
+
+_this = threading.local()  # .blocks
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _this.__dict__.clear())  # threads do not survive a fork
+
+
+def _blocks() -> _Blocks:
+    if not hasattr(_this, "blocks"):
+        _this.blocks = _Blocks()
+    found: _Blocks = _this.blocks
+    return found
+
+
 class OutFile:
     """A file filled by `put` at any place; `sums` are those of its bytes as far as they come in order.
 
-    An error of the disk is raised by `drain`, `sync` and `finish`, as a UserError. One thread at a time uses it.
+    An error of the disk is kept in `error` and raised by `drain`, `sync` and `finish`, as a UserError where it is the
+    user's. A file is used by one thread only.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self.sums = Sums()
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.error: OSError | None = None
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._direct = -1  # opened by the first block that is worth it
         self._refused = not hasattr(os, "O_DIRECT")
-        self._free: list[mmap.mmap] = []
-        self._made = 0
-        self._writing: deque[tuple[Future[None], mmap.mmap]] = deque()
-        self._threads: ThreadPoolExecutor | None = None
         self._block: mmap.mmap | None = None
         self._base = self._first = self._stop = 0  # of the block: its place in the file, and the bytes that are there
-        self._error: OSError | None = None
 
     def put(self, at: int, data: Any) -> None:
         """Write `data`, bytes or anything that has a buffer of them, at byte `at`."""
         view = memoryview(data).cast("B")
-        self._take_turn()
+        blocks = _blocks()
+        if blocks.filling is not self:
+            if blocks.filling is not None:
+                blocks.filling._push(blocks)
+            blocks.filling = self
         self.sums.update(at, view)
-        source = np.frombuffer(view, np.uint8)
         if self._block is not None and at != self._stop:
-            self._push()
+            self._push(blocks)
+        source = np.frombuffer(view, np.uint8)
         while len(source):
             if self._block is None:
-                self._block = self._new_block()
+                self._block = blocks.take()
                 self._base, self._first, self._stop = at - at % _PAGE, at, at
             inside = self._stop - self._base
             count = min(_BLOCK - inside, len(source))
             np.copyto(np.frombuffer(self._block, np.uint8, count, inside), source[:count])
             source, at, self._stop = source[count:], at + count, self._stop + count
             if inside + count == _BLOCK:
-                self._push()
-
-    def read(self, at: int, count: int) -> bytes:
-        """Bytes that were written; fewer where the file ends before."""
-        self.drain()
-        return os.pread(self.descriptor, count, at)
+                self._push(blocks)
 
     def drain(self) -> None:
-        """Let everything reach the system, and give back the blocks."""
-        if self._block is not None:
-            self._push()
-        while self._writing:
-            self._settle()
-        self._free, self._made = [], 0
+        """Let everything reach the system."""
+        blocks = _blocks()
+        self._push(blocks)
+        blocks.settle(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise an error that a write met."""
         with no_room(self.path):
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
 
     def sync(self) -> None:
         """Make what was written durable."""
@@ -112,66 +158,37 @@ class OutFile:
         return self.name, joined(self.path, size, self.sums.found(size)), size
 
     def close(self) -> None:
-        """Close it. What was not flushed is lost."""
-        while self._writing:
-            self._settle()
-        if self._threads is not None:
-            self._threads.shutdown()
-        self._block, self._free, self._threads = None, [], None
+        """Close it; what has not reached the system is lost."""
+        blocks = _blocks()
+        if blocks.filling is self:
+            blocks.filling = None
+        if self._block is not None:
+            blocks.give_back(self._block)
+            self._block = None
+        blocks.settle(self)
         for descriptor in (self.descriptor, self._direct):
             if descriptor >= 0:
                 with suppress(OSError):
                     os.close(descriptor)
         self.descriptor = self._direct = -1
 
-    # -- blocks
-
-    def _take_turn(self) -> None:
-        """Let the file that this thread wrote to before give back its blocks."""
-        before = getattr(_this, "file", None)
-        if before is not self:
-            if before is not None and before.descriptor >= 0:
-                with suppress(UserError, OSError):  # kept by that file, which raises it when it is finished
-                    before.drain()
-            _this.file = self
-
-    def _new_block(self) -> mmap.mmap:
-        if not self._free and self._made == _BLOCKS:
-            self._settle()
-        if self._free:
-            return self._free.pop()
-        self._made += 1
-        return mmap.mmap(-1, _BLOCK)
-
-    def _settle(self) -> None:
-        """Wait for the oldest block that is on its way."""
-        future, block = self._writing.popleft()
-        try:
-            future.result()
-        except OSError as error:
-            self._error = self._error or error
-        self._free.append(block)
-
-    def _push(self) -> None:
-        """Send the block off."""
-        assert self._block is not None
+    def _push(self, blocks: _Blocks) -> None:
+        """Send the block off, if there is one; a short one is written at once."""
+        if self._block is None:
+            return
         block, self._block = self._block, None
-        if self._error is not None:
-            self._free.append(block)
+        if self.error is None and self._stop - self._first >= _WORTH:
+            self._open_direct()
+            blocks.send(self, block, self._base, self._first, self._stop)
             return
-        if self._stop - self._first < _WORTH:
-            try:
-                self._store(block, self._base, self._first, self._stop)
-            except OSError as error:
-                self._error = error
-            self._free.append(block)
-            return
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_BLOCKS - 1, "write")
-        future = self._threads.submit(self._store, block, self._base, self._first, self._stop)
-        self._writing.append((future, block))
+        try:
+            if self.error is None:
+                self.store(block, self._base, self._first, self._stop)
+        except OSError as error:
+            self.error = error
+        blocks.give_back(block)
 
-    def _store(self, block: mmap.mmap, base: int, first: int, stop: int) -> None:
+    def store(self, block: mmap.mmap, base: int, first: int, stop: int) -> None:
         """Write bytes [first, stop) of the file, which lie in a block that begins at byte `base` of it."""
         view = memoryview(block)
         low, high = first + -first % _PAGE, stop - stop % _PAGE
@@ -183,13 +200,18 @@ class OutFile:
         if stop - first >= _WORTH and hasattr(os, "posix_fadvise"):  # lets the system begin to write it out
             os.posix_fadvise(self.descriptor, first, stop - first, os.POSIX_FADV_DONTNEED)
 
+    def _open_direct(self) -> None:
+        if self._direct < 0 and not self._refused:
+            try:
+                self._direct = os.open(self.path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError:
+                self._refused = True
+
     def _store_direct(self, view: memoryview, at: int) -> bool:
         """Write whole pages past the page cache; False where that is refused."""
         if self._refused:
             return False
         try:
-            if self._direct < 0:
-                self._direct = os.open(self.path, os.O_WRONLY | os.O_DIRECT)
             _pwrite(self._direct, view, at)
         except OSError as error:
             if error.errno != errno.EINVAL:
@@ -222,7 +244,5 @@ class HashedFile(OutFile):
         return self.size
 
     def flush(self) -> None:
-        """Report an error of the disk. torch.save calls it after every archive: nothing is written for its sake."""
-        with no_room(self.path):
-            if self._error is not None:
-                raise self._error
+        """Report an error of the disk. torch.save calls it after every archive, so nothing is written for its sake."""
+        self.check()
