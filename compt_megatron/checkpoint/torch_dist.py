@@ -2,13 +2,14 @@
 
 Torch's own writer takes a finished plan and asks for each tensor when it comes to it. Here tensors arrive in the order
 in which somebody made them, so the files are written directly in the same form: torch.save archives one behind the
-other in `__{rank}_0.distcp`, and `.metadata`, which says what lies where. Torch's own reader reads the result.
+other in `__{rank}_{worker}.distcp`, and `.metadata`, which says what lies where. Torch's own reader reads the result.
 """
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +19,27 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from compt_megatron.checkpoint.commit import HashedFile
 from compt_megatron.checkpoint.contract import Region, TensorInfo, region_shape
 from compt_megatron.checkpoint.dcp_metadata import read_dcp_metadata
-from compt_megatron.checkpoint.guard import Guard
 from compt_megatron.checkpoint.saved_tensor import SavedTensor, locate, read_box
 from compt_megatron.errors import UserError
 
 METADATA = ".metadata"
 _ALIGN = 64  # bytes; archives start at multiples of it, so that tensors in a mapped file are aligned
 
+StoredChunk = tuple[str, tuple[int, ...], tuple[int, ...], str, int, int]  # key, offsets, sizes, file, start, length
+StoredBlob = tuple[str, str, int, int]  # key, file, start, length
+
 
 class _Chunk(NamedTuple):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class StoredObject(NamedTuple):
+    """Where an object that is no tensor lies."""
+
     file: str
     start: int
     length: int
@@ -61,11 +72,12 @@ def _common(chunk: _Chunk, region: Region) -> list[tuple[int, int]]:
 class TorchDistFolder:
     """An open torch_dist folder: tensors by their key in the file."""
 
-    def __init__(self, path: Path, guard: Guard, trust_pickle: bool) -> None:
-        self.path, self._guard = path, guard
-        content = read_dcp_metadata(guard.file(METADATA), trust_pickle)
+    def __init__(self, path: Path, checked: Callable[[str], Path], trust_pickle: bool) -> None:
+        """`checked` gives the path of one of the folder's files, once it has been compared with its checksum."""
+        self.path, self._checked = path, checked
+        content = read_dcp_metadata(checked(METADATA), trust_pickle)
         self.tensors: dict[str, TensorInfo] = {}
-        self.objects: list[str] = []
+        self.objects: dict[str, StoredObject] = {}
         self._chunks: dict[str, _Chunks] = {}
         self._located: dict[tuple[str, int], SavedTensor] = {}
         self._descriptors: dict[str, int] = {}
@@ -76,12 +88,17 @@ class TorchDistFolder:
                     chunks = [self._chunk(key, chunk, content.storage_data) for chunk in value.chunks]
                     self._chunks[key] = _Chunks(chunks)
                 else:
-                    self.objects.append(key)
+                    info = self._stored(key, content.storage_data.get(MetadataIndex(key)))
+                    self.objects[key] = StoredObject(info.relative_path, info.offset, info.length)
         except (AttributeError, TypeError, ValueError, IndexError) as error:  # a pickle of other objects than ours
             raise UserError(f"{path / METADATA}: damaged ({error}); restore it or use another checkpoint") from error
 
     def _chunk(self, key: str, chunk: Any, storage: dict[Any, Any]) -> _Chunk:
-        info = storage.get(MetadataIndex(key, chunk.offsets))
+        info = self._stored(key, storage.get(MetadataIndex(key, chunk.offsets)))
+        return _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
+
+    def _stored(self, key: str, info: Any) -> Any:
+        """torch's own record of where something lies, checked."""
         if info is None:
             raise UserError(f"{self.path / METADATA}: does not say where '{key}' lies; use another checkpoint")
         if getattr(info, "transform_descriptors", None):
@@ -90,7 +107,7 @@ class TorchDistFolder:
             raise UserError(
                 f"{self.path / METADATA}: '{info.relative_path}' is no file of this folder; use another one"
             )
-        return _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
+        return info
 
     def read(self, key: str, region: Region) -> torch.Tensor:
         """The values of a box of tensor `key`; raises UserError if a file is damaged or does not hold all of it."""
@@ -129,7 +146,7 @@ class TorchDistFolder:
 
     def _open(self, name: str) -> int:
         if name not in self._descriptors:
-            self._descriptors[name] = os.open(self._guard.file(name), os.O_RDONLY)
+            self._descriptors[name] = os.open(self._checked(name), os.O_RDONLY)
         return self._descriptors[name]
 
     def close(self) -> None:
@@ -139,21 +156,18 @@ class TorchDistFolder:
 
 
 class ChunkFile:
-    """This rank's data file: boxes of tensors in the order in which they come."""
+    """One data file: boxes of tensors in the order in which they come."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._path = folder / f"__{rank}_0.distcp"
-        self._file: HashedFile | None = None  # made by the first box: a rank that has none leaves no file
-        self.chunks: list[tuple[str, tuple[int, ...], tuple[int, ...], str, int, int]] = []
-        self.blobs: list[tuple[str, str, int, int]] = []
+    def __init__(self, path: Path) -> None:
+        self._file = HashedFile(path)
+        self.chunks: list[StoredChunk] = []
+        self.blobs: list[StoredBlob] = []
 
     def _append(self, value: Any) -> tuple[str, int, int]:
-        if self._file is None:
-            self._file = HashedFile(self._path)
         self._file.write(bytes(-self._file.size % _ALIGN))
         start = self._file.size
         torch.save(value, self._file)  # type: ignore[arg-type]  # it needs no more of a stream than write and flush
-        return self._path.name, start, self._file.size - start
+        return self._file.name, start, self._file.size - start
 
     def write(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
         """Append a box of tensor `key`. torch.save would write the whole storage of a view, so views are copied."""
@@ -165,10 +179,45 @@ class ChunkFile:
     def write_object(self, key: str, value: Any) -> None:
         self.blobs.append((key, *self._append(value)))
 
-    def finish(self) -> list[tuple[str, str, int]]:
-        """Make the file durable; returns (name, hash, bytes), or nothing if there is no file."""
-        return [] if self._file is None else [self._file.finish()]
+    def finish(self) -> tuple[str, str, int]:
+        """Make the file durable; returns (name, hash, bytes)."""
+        return self._file.finish()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
+
+
+class ChunkFiles:
+    """The data files of one worker: `__{rank}_{worker}.distcp` for every model-parallel rank that it has boxes of."""
+
+    def __init__(self, folder: Path, worker: int) -> None:
+        self._folder, self._worker = folder, worker
+        self._files: dict[int, ChunkFile] = {}  # made by its first box: a rank that has none here leaves no file
+
+    def _file(self, rank: int) -> ChunkFile:
+        if rank not in self._files:
+            self._files[rank] = ChunkFile(self._folder / f"__{rank}_{self._worker}.distcp")
+        return self._files[rank]
+
+    def write(self, rank: int, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
+        """Append a box of tensor `key` to the file of a model-parallel rank."""
+        self._file(rank).write(key, offsets, tensor)
+
+    def write_object(self, rank: int, key: str, value: Any) -> None:
+        self._file(rank).write_object(key, value)
+
+    @property
+    def chunks(self) -> list[StoredChunk]:
+        return [chunk for file in self._files.values() for chunk in file.chunks]
+
+    @property
+    def blobs(self) -> list[StoredBlob]:
+        return [blob for file in self._files.values() for blob in file.blobs]
+
+    def finish(self) -> list[tuple[str, str, int]]:
+        """Make the files durable; returns (name, hash, bytes) of each."""
+        return [file.finish() for file in self._files.values()]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()

@@ -1,4 +1,4 @@
-"""Between the table's names and the parameters of our modules, where q, k and v are one interleaved tensor.
+"""Between the table's names and the parameters of our modules, where q, k and v (gate and up) are one tensor.
 
 The functions on single tensors serve weights, gradients and optimizer moments alike: they only move rows.
 """
@@ -6,19 +6,18 @@ The functions on single tensors serve weights, gradients and optimizer moments a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from compt_megatron.spec.megatron_names import Part, fused_rows, megatron_place
+from compt_megatron.spec.megatron_names import megatron_place
 from compt_megatron.spec.table import ModelSpec
 
 _NAMES: dict[str, dict[str, list[str]]] = {}  # by the spec's digest: asked for once a tensor
 
 
 def module_to_canonical(spec: ModelSpec) -> dict[str, list[str]]:
-    """Name of each parameter of the built model -> the canonical names it holds: one, or q, k and v."""
+    """Name of each parameter of the built model -> the canonical names it holds: one, or all parts that share it."""
     digest = spec.digest
     if digest not in _NAMES:
         names: dict[str, list[str]] = {}
@@ -32,27 +31,28 @@ def split_fused(spec: ModelSpec, module_name: str, tensor: Tensor) -> dict[str, 
     """Canonical name -> tensor, from a module parameter (or its gradient or moment). Unfused ones are not copied."""
     names = module_to_canonical(spec)[module_name]
     if len(names) == 1:
-        return {names[0]: tensor.view(spec.params[names[0]].shape)}
+        oriented = tensor.t() if megatron_place(spec, names[0]).transposed else tensor
+        return {names[0]: oriented.view(spec.params[names[0]].shape)}
     parts = {}
     for name in names:
         parts[name] = tensor.new_empty(spec.params[name].shape)
-        for own, fused in _heads(spec, name):
-            parts[name][own] = tensor[fused]
+        for own, fused in _views(spec, {name: parts[name]}, tensor):
+            own.copy_(fused)
     return parts
 
 
 def fuse(spec: ModelSpec, module_name: str, tensors: dict[str, Tensor]) -> Tensor:
     """The inverse of `split_fused`: the module parameter that holds the canonical `tensors`."""
     if len(tensors) == 1:
-        tensor = next(iter(tensors.values()))
+        name, tensor = next(iter(tensors.items()))
+        if megatron_place(spec, name).transposed:
+            return tensor.t().contiguous()
         return tensor.view(1) if tensor.dim() == 0 else tensor  # modules hold scalars as [1], see ClipModel
     assert sorted(tensors) == sorted(module_to_canonical(spec)[module_name]), (module_name, list(tensors))
-    first = next(iter(tensors.values()))
-    rows = sum(tensor.shape[0] for tensor in tensors.values())
-    fused_tensor = first.new_empty((rows, *first.shape[1:]))
-    for name, tensor in tensors.items():
-        for own, fused in _heads(spec, name):
-            fused_tensor[fused] = tensor[own]
+    name, first = next(iter(tensors.items()))
+    fused_tensor = first.new_empty(megatron_place(spec, name).shape)
+    for own, fused in _views(spec, tensors, fused_tensor):
+        fused.copy_(own)
     return fused_tensor
 
 
@@ -81,10 +81,10 @@ def canonical_state(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
     return {name: parts[name] for name in spec.params}
 
 
-def _heads(spec: ModelSpec, name: str) -> Iterator[tuple[slice, slice]]:
-    """For each head: its rows in canonical parameter `name`, and in the fused tensor."""
-    tower = spec.towers[spec.params[name].tower]
-    part = cast(Part, megatron_place(spec, name).part)
-    for head in range(tower.heads):
-        own = slice(head * tower.head_dim, (head + 1) * tower.head_dim)
-        yield own, fused_rows(part, head, tower.heads, tower.heads, tower.head_dim)
+def _views(spec: ModelSpec, tensors: dict[str, Tensor], fused: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each run of rows that canonical `tensors` have in the `fused` one: a view of it in either."""
+    for name, tensor in tensors.items():
+        place = megatron_place(spec, name)
+        own = tensor.t() if place.transposed else tensor
+        for run in place.rows.runs(0, own.shape[0]):
+            yield own[run.start : run.stop], fused[run.at : run.at + run.stop - run.start]

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compt_megatron.checkpoint import megatron
+from compt_megatron.checkpoint import megatron_writer
 from compt_megatron.checkpoint.api import check, weight_hash
 from compt_megatron.checkpoint.contract import Reader, Region, TensorInfo, flat_boxes, region_shape, slabs
 from compt_megatron.checkpoint.formats import open_reader, open_writer
-from compt_megatron.checkpoint.megatron import MegatronKeys
+from compt_megatron.checkpoint.megatron_keys import MegatronKeys
 from compt_megatron.spec.families import spec_from_config
 from tests.unit.checkpoint_samples import CLIP, Values, infos, row_share, training_state, weights, write, write_together
 
@@ -147,7 +147,7 @@ def test_few_boxes_where_a_rank_has_whole_layers_and_no_more_memory_than_allowed
     key = "vision.decoder.layers.self_attention.linear_qkv.weight"
     counts = {}
     for limit in (2**28, 0):
-        monkeypatch.setattr(megatron, "_PENDING_LIMIT", limit)
+        monkeypatch.setattr(megatron_writer, "_PENDING_LIMIT", limit)
         path = write(tmp_path / f"limit{limit}", "megatron", CLIP, values)
         reader = open_reader(path)
         assert all(torch.equal(reader.read(name), value) for name, value in values.items())
@@ -220,7 +220,7 @@ def test_query_groups_are_interleaved() -> None:
     found = torch.full((2, 5, 4), -1)  # [group, slot, row of the head]
     for part, start in (("q", 0), ("k", 100), ("v", 200)):
         name = f"visual.transformer.resblocks.0.attn.{part}_proj.weight"
-        for run in keys.runs(name, 0, params[name].shape[0]):
+        for run in keys.places[name].rows.runs(0, params[name].shape[0]):
             rows = torch.arange(run.start, run.stop) + start
             assert (found.view(-1)[run.at : run.at + len(rows)] == -1).all()
             found.view(-1)[run.at : run.at + len(rows)] = rows
@@ -228,7 +228,7 @@ def test_query_groups_are_interleaved() -> None:
     assert query.flatten().tolist() == list(range(24))
     assert (key.flatten().tolist(), value.flatten().tolist()) == (list(range(100, 108)), list(range(200, 208)))
     name = "visual.transformer.resblocks.0.attn.q_proj.weight"
-    assert [(run.start, run.stop, run.at) for run in keys.runs(name, 10, 14)] == [(10, 12, 10), (12, 14, 20)]
+    assert [(run.start, run.stop, run.at) for run in keys.places[name].rows.runs(10, 14)] == [(10, 12, 10), (12, 14, 20)]
 
 
 def test_keys_are_those_that_megatron_uses() -> None:
