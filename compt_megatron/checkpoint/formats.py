@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from compt_megatron.checkpoint import huggingface, megatron, open_clip
+from compt_megatron.checkpoint import deepspeed, huggingface, megatron, open_clip
 from compt_megatron.checkpoint.commit import is_partial
 from compt_megatron.checkpoint.contract import Exchange, Format, Layout, Reader, Task, Writer, dtype_name
 from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
@@ -17,7 +17,9 @@ from compt_megatron.spec.table import ModelSpec
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # a new format is one module and one entry here
-FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in (megatron, open_clip, huggingface)}
+FORMATS: dict[str, Format] = {
+    module.FORMAT.name: module.FORMAT for module in (megatron, open_clip, huggingface, deepspeed)
+}
 
 
 def detect(path: str | Path) -> str:
@@ -44,7 +46,10 @@ def detect(path: str | Path) -> str:
             f"{path}: files of its {written_as} checkpoint are missing; restore it or use another checkpoint"
         )
     if (path / "latest").is_file():
-        raise UserError(f"{path}: holds checkpoints, name one of them: {path / (path / 'latest').read_text().strip()}")
+        latest = path / (path / "latest").read_text(errors="replace").strip()
+        if latest.exists():
+            raise UserError(f"{path}: holds checkpoints, name one of them: {latest}")
+        raise UserError(f"{path / 'latest'}: names '{latest.name}', which is not there; name a checkpoint in {path}")
     raise UserError(f"{path}: not a checkpoint of a known format ({', '.join(FORMATS)}); check the path")
 
 

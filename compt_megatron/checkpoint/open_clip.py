@@ -21,6 +21,7 @@ from compt_megatron.checkpoint.contract import (
     region_shape,
     split_name,
 )
+from compt_megatron.checkpoint.deepspeed_files import is_deepspeed
 from compt_megatron.checkpoint.flat_file import FlatFile
 from compt_megatron.checkpoint.guard import Guard
 from compt_megatron.checkpoint.manifest import read_manifest, recorded_spec, under_name
@@ -208,7 +209,9 @@ class OpenClipWriter(BoxWriter):
 
 def _recognises(path: Path) -> bool:
     if path.is_dir():
-        return (path / CONFIG).is_file() or any((path / name).is_file() for name in _FOLDER_WEIGHTS)
+        # a DeepSpeed folder may have the config as well, to say which model it is
+        config = (path / CONFIG).is_file() and not is_deepspeed(path)
+        return config or any((path / name).is_file() for name in _FOLDER_WEIGHTS)
     return is_state_file(path) and not holds_language_model(path)
 
 

@@ -1,0 +1,152 @@
+"""Small modules trained by DeepSpeed itself, for the tests of its checkpoint formats.
+
+Only names and shapes of a module matter to a checkpoint, so `Named` has those of any real one without its imports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+LR = 1e-2
+
+
+class _Leaf(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows] -> the mean over the rows of a function of the parameters."""
+        scaled = (p[..., None] * x / len(x) for p in self._parameters.values())
+        return sum((value.square().sum() + value.sum() for value in scaled), x.sum() * 0)
+
+
+class Named(_Leaf):
+    """A module whose parameters have the given names and shapes, and whose loss depends on all of them."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in shapes.items():
+            *path, leaf = name.split(".")
+            at: nn.Module = self
+            for part in path:
+                if part not in at._modules:
+                    at.add_module(part, _Leaf())
+                at = at._modules[part]  # type: ignore[assignment]
+            # DeepSpeed cannot broadcast 0-D parameters
+            at.register_parameter(leaf, nn.Parameter(torch.randn(shape or (1,), generator=generator)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss = _Leaf.forward(self, x)
+        for module in self.modules():
+            if module is not self and module._parameters:
+                loss = loss + module(x)
+        return loss
+
+
+@dataclass(frozen=True)
+class Case:
+    """One DeepSpeed run. `groups`: of parameters, 2 for weight decay on matrices only; `config`: more of its JSON."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    stage: int
+    dtype: str = "fp32"
+    groups: int = 2
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+
+
+def engine_of(case: Case, **config: Any) -> Any:
+    """A DeepSpeed engine of the case's module, on the process group that is there."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its build takes a minute, training does without
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    module = Named(case.shapes)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not name.startswith(case.frozen) if case.frozen else True)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": trained, "weight_decay": 0.1}]
+    if case.groups == 2:
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": case.stage, **case.zero},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        **({case.dtype: {"enabled": True}} if case.dtype != "fp32" else {}),
+        **case.config,
+        **config,
+    }
+    optimizer = torch.optim.AdamW(groups, lr=LR)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+
+
+def train(engine: Any, steps: range, rank: int, world: int) -> list[float]:
+    """Losses of the whole batch. The batch of a step is the same for any number of ranks."""
+    losses = []
+    dtype = next(engine.module.parameters()).dtype
+    for step in steps:
+        rows = torch.linspace(0.05, 0.2, 4)[rank::world] * (1 + step % 3)
+        loss = engine(rows.to(dtype))
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().float().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(float(total) / world)
+    return losses
+
+
+def live_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """What the engine holds in memory, gathered: kind -> parameter -> whole tensor. Collective."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state: dict[str, dict[str, torch.Tensor]] = {"weight": {}, "master": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    wrapped = engine.optimizer if hasattr(engine.optimizer, "fp32_groups") else None
+    masters = {}
+    if wrapped is not None:
+        for low, high in zip(wrapped.fp16_groups, wrapped.fp32_groups):
+            masters.update({id(p): copy for p, copy in zip(low, high)})
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # DeepSpeed links the first group's states only
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, p in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+            state["weight"][name] = p.detach().clone()
+        if not p.requires_grad:
+            continue
+        if engine.zero_optimization_stage():
+            state["master"][name] = safe_get_full_fp32_param(p).clone()
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[kind][name] = safe_get_full_optimizer_state(p, kind).clone()
+        else:
+            owner = masters.get(id(p), p)
+            state["master"][name] = owner.detach().clone()
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[kind][name] = base.state[owner][kind].clone()
+    return state
+
+
+def train_and_save(rank: int, world: int, folder: Path, cases: list[Case], steps: int) -> list[float]:
+    """Train every case for some steps and save it as FOLDER/NAME, its live state as FOLDER/NAME.live; last losses."""
+    losses = []
+    for case in cases:
+        engine = engine_of(case)
+        losses.append(train(engine, range(steps), rank, world)[-1])
+        engine.save_checkpoint(str(folder / case.name), tag=f"global_step{steps}", client_state={"epoch": 3})
+        live = live_state(engine)
+        if rank == 0:
+            torch.save(live, folder / f"{case.name}.live")
+        engine.destroy()
+    return losses
