@@ -22,7 +22,7 @@ from compt_megatron.spec.table import ModelSpec
 
 _COMMON_FILE = "common.pt"  # up to megatron-core 0.18
 _COMMON_OBJECT = "common_state/shard_0_1"  # from 0.19 on, among the tensors
-_EVERY_CLASS = ("",)  # becomes inert: nothing of such a file is run, whatever it asks for
+EVERY_CLASS = ("",)  # becomes inert: nothing of such a file is run, whatever it asks for
 _OF_THE_MODEL = ("embedding", "encoder", "decoder", "output_layer", "mtp", "vision", "text", "logit_scale", "model")
 _BUCKETS = "optimizer.distributed."  # the distributed optimizer's own flat buffers (dp_reshardable)
 
@@ -84,7 +84,7 @@ def read_common(folder: TorchDistFolder) -> Common:
         path, span = folder.path / place.file, (place.start, place.length)
     files = OpenFiles(os.O_RDONLY)
     try:
-        archive = SavedArchive(path, files, inert=_EVERY_CLASS, span=span)
+        archive = SavedArchive(path, files, inert=EVERY_CLASS, span=span)
         content = archive.content
         if span is not None and isinstance(content, list) and content:
             content = content[0]

@@ -117,8 +117,13 @@ class Found(NamedTuple):
         """How many rows a tensor of shape `stored` has beyond `shape`; None if it is not this tensor."""
         if stored == self.shape:
             return 0
-        padded = self.key.endswith(PADDED_KEYS) and stored[1:] == self.shape[1:]
-        return stored[0] - self.shape[0] if padded and 0 < stored[0] - self.shape[0] < _MOST_PADDING else None
+        padded = self.key.endswith(PADDED_KEYS) and is_padding(stored, self.shape)
+        return stored[0] - self.shape[0] if padded else None
+
+
+def is_padding(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of shape `stored` can be one of `shape` with a padded vocabulary."""
+    return stored[1:] == shape[1:] and 0 <= stored[0] - shape[0] < _MOST_PADDING
 
 
 def read_place(

@@ -20,11 +20,11 @@ MOST_RANKS = 256  # each has a file of its own that every worker may have open
 
 def check_layout(spec: ModelSpec, layout: Layout, path: Path) -> None:
     """Raise UserError if the model cannot be laid out like that; the message names the nearest layout that works."""
-    reason = _obstacle(spec, layout)
+    reason = obstacle(spec, layout)
     if reason is None:
         return
-    tensors = [n for n in range(1, MOST_RANKS + 1) if _obstacle(spec, Layout(tensor=n)) is None]
-    pipelines = [n for n in range(1, MOST_RANKS + 1) if _obstacle(spec, Layout(pipeline=n)) is None]
+    tensors = [n for n in range(1, MOST_RANKS + 1) if obstacle(spec, Layout(tensor=n)) is None]
+    pipelines = [n for n in range(1, MOST_RANKS + 1) if obstacle(spec, Layout(pipeline=n)) is None]
     near = min(
         (Layout(t, p) for t in tensors for p in pipelines if t * p <= MOST_RANKS),
         key=lambda one: (abs(one.tensor - layout.tensor) + abs(one.pipeline - layout.pipeline), one.tensor),
@@ -35,7 +35,8 @@ def check_layout(spec: ModelSpec, layout: Layout, path: Path) -> None:
     )
 
 
-def _obstacle(spec: ModelSpec, layout: Layout) -> str | None:
+def obstacle(spec: ModelSpec, layout: Layout) -> str | None:
+    """Why a model cannot be laid out like that, or None."""
     if layout.tensor < 1 or layout.pipeline < 1:
         return "both must be at least 1"
     if layout.tensor * layout.pipeline > MOST_RANKS:
