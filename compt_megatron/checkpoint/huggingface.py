@@ -6,49 +6,32 @@ single safetensors files are read too.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compt_megatron.checkpoint import open_clip
-from compt_megatron.checkpoint.commit import HashedFile, file_hash
 from compt_megatron.checkpoint.contract import (
     Format,
-    Task,
     TensorInfo,
     checked_region,
-    dtype_name,
     region_shape,
     slabs,
     split_name,
 )
-from compt_megatron.checkpoint.flat_file import FlatFile
 from compt_megatron.checkpoint.guard import Guard
-from compt_megatron.checkpoint.huggingface_files import (
-    INDEX,
-    WEIGHTS,
-    Shards,
-    has_weights,
-    refuse_shard,
-    shard_name,
-    weight_files,
-)
+from compt_megatron.checkpoint.huggingface_files import CONFIG, Shards, has_weights, refuse_shard, weight_files
+from compt_megatron.checkpoint.huggingface_writer import HuggingFaceWriter
 from compt_megatron.checkpoint.manifest import read_manifest, recorded_spec, under_name
 from compt_megatron.checkpoint.state_file import holds_language_model, is_state_file
-from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import read_json
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.huggingface_names import (
     ARCHITECTURES,
     HEAD,
-    HfPlace,
     embedding_key,
-    explicit_config,
     hf_place,
     hf_shapes,
     misfit_field,
@@ -56,8 +39,6 @@ from compt_megatron.spec.huggingface_names import (
 )
 from compt_megatron.spec.table import ModelSpec
 
-CONFIG = "config.json"
-SHARD_BYTES = 5 * 10**9  # of one file, as transformers cuts them
 # files beside the weights that a model is of no use without; a copy and a grown model get them too
 ATTACHMENTS = (
     "tokenizer.json",
@@ -186,110 +167,6 @@ class HuggingFaceReader:
 
     def close(self) -> None:
         self._state.close()
-
-
-class HuggingFaceWriter(BoxWriter):
-    """Writes a folder with `config.json` and weights, in shards of at most SHARD_BYTES, or one safetensors file.
-
-    Weights go straight to their place in the files. `attachments` of the metadata are copied into the folder.
-    """
-
-    format_name = "hf"
-
-    def __init__(self, task: Task) -> None:
-        if not task.spec.is_language_model:
-            raise UserError(f"{task.path}: hf holds language models, '{task.spec.name}' is none; choose another format")
-        if task.path.suffix == ".pt":
-            raise UserError(f"{task.path}: hf is written as a folder or as one .safetensors file; rename it")
-        self._places: dict[str, HfPlace] = {name: hf_place(task.spec, name) for name in task.spec.params}
-        self._files: dict[str, FlatFile] = {}
-        self._home: dict[str, FlatFile] = {}
-        super().__init__(task)
-
-    def _accept(self, tensors: dict[str, TensorInfo]) -> None:
-        for name in tensors:
-            prefix, rest = split_name(name)
-            if prefix != "weight" or rest not in self._places:
-                raise UserError(f"{self.destination.path}: hf holds weights only, '{name}' has no place there")
-        if self._files:
-            assert not tensors, "a Hugging Face checkpoint is declared at once"
-            return
-        missing = [name for name in self._places if f"weight/{name}" not in self.declared]
-        assert not missing, f"{missing[0]} and {len(missing) - 1} others are not declared"
-        members: dict[str, list[str]] = {}
-        for name, place in self._places.items():
-            members.setdefault(place.key, []).append(f"weight/{name}")
-        stored = {
-            key: TensorInfo(shape, one_dtype(key, members[key], self.declared))
-            for key, shape in hf_shapes(self.spec).items()
-        }
-        for name, part in self._cut(stored):
-            file = self._files[name] = FlatFile(self.folder / name, part)
-            self._home |= dict.fromkeys(part, file)
-        self.party.lead(self._create)
-        for file in self._files.values():
-            file.open()
-
-    def _create(self) -> None:
-        for file in self._files.values():
-            file.create()
-
-    def _cut(self, stored: dict[str, TensorInfo]) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
-        """File names and the tensors in them, in the order of the model."""
-        if self.destination.single:
-            yield self.destination.path.name, stored
-            return
-        shards: list[dict[str, TensorInfo]] = [{}]
-        size = 0
-        for key, info in stored.items():
-            if shards[-1] and size + info.nbytes > SHARD_BYTES:
-                shards.append({})
-                size = 0
-            shards[-1][key] = info
-            size += info.nbytes
-        for index, shard in enumerate(shards):
-            yield shard_name(index, len(shards)) if len(shards) > 1 else WEIGHTS, shard
-
-    def _put(self, name: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
-        place = self._places[split_name(name)[1]]
-        self._home[place.key].write(place.key, (*offsets[:-1], offsets[-1] + place.start), tensor)
-
-    def _finish_rank(self) -> tuple[list[FileRow], Any]:
-        assert self._files, "commit without declare"
-        for file in self._files.values():
-            file.finish()
-        return [], None
-
-    def _finish_folder(self, parts: list[Any], metadata: dict[str, Any]) -> list[FileRow]:
-        rows = [(name, file_hash(file.path), file.path.stat().st_size) for name, file in self._files.items()]
-        if self.destination.single:
-            return rows
-        if len(self._files) > 1:
-            total = sum(info.nbytes for file in self._files.values() for info in file.tensors.values())
-            home = {key: file.path.name for key, file in self._home.items()}
-            rows.append(self._json(INDEX, {"metadata": {"total_size": total}, "weight_map": home}))
-        rows.append(self._json(CONFIG, explicit_config(self.spec, self._main_dtype())))
-        for name, source in (metadata.get("attachments") or {}).items():
-            attached = HashedFile(self.folder / name)
-            attached.write(Path(source).read_bytes())
-            rows.append(attached.finish())
-        return rows
-
-    def _main_dtype(self) -> str:
-        """The dtype of most elements."""
-        counts: Counter[torch.dtype] = Counter()
-        for info in self.declared.values():
-            counts[info.dtype] += info.nbytes // info.dtype.itemsize
-        return dtype_name(max(counts, key=lambda dtype: counts[dtype]))
-
-    def _json(self, name: str, content: dict[str, Any]) -> FileRow:
-        file = HashedFile(self.folder / name)
-        file.write((json.dumps(content, indent=2) + "\n").encode())
-        return file.finish()
-
-    def _release(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 def _recognises(path: Path) -> bool:

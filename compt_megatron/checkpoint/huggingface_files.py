@@ -13,7 +13,7 @@ from compt_megatron.checkpoint.state_file import StateFile, open_state_file
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import read_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # in the order of preference: the hub often has both kinds of the same model
 _KINDS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _SHARD = re.compile(r"(?:model|pytorch_model)-\d{5}-of-(\d{5})\.(?:safetensors|bin)")

@@ -36,7 +36,7 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 _BLOCK = 4 * 2**20  # bytes read at a time where only parts of rows are wanted
-_RUN = 4096  # bytes of a part of a row that are worth a read of their own
+_RUN = 2**18  # bytes of a part of a row that are worth a read of their own: a disk reads ahead only in order
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a zip entry: ends with the lengths of its name and its extra field
 
 
