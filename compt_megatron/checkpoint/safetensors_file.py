@@ -105,9 +105,10 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(key: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
-    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+    described = isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"}
+    if not described or not isinstance(entry["dtype"], str):
         raise ValueError(f"its header does not describe '{key}'")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in SAFETENSORS_DTYPES:
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise UserError(f"{path}: '{key}' has dtype {entry['dtype']!r}, which is not supported; convert it first")
     shape, span = entry["shape"], entry["data_offsets"]
     if not _counts(shape) or len(shape) > _MOST_DIMS or not _counts(span) or len(span) != 2:
