@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from compt_megatron.errors import UserError
 from compt_megatron.growth.operators import plan
@@ -187,3 +189,31 @@ def test_fresh_values_have_the_distributions_of_open_clip() -> None:
             assert value.std().item() == pytest.approx(theirs[name].std().item(), rel=0.15), name
         elif value.dim() and theirs[name].std() == 0:
             assert torch.equal(value, theirs[name]), name
+
+
+quick = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@quick
+@given(data=st.data())
+def test_random_clips_and_vits(data: st.DataObject) -> None:
+    """Any sizes, one axis or all, any depth, with or without `ln_pre`, two towers or one."""
+    draw = data.draw
+    head = draw(st.sampled_from([8, 16]))
+    small_width, small_text = head * draw(st.integers(2, 3)), 16 * draw(st.integers(1, 2))
+    width = draw(st.sampled_from([small_width, small_width + head, small_width + 2 * head, 2 * small_width]))
+    text = small_text + 16 * draw(st.integers(0, 2))
+    more = {"no_ln_pre": draw(st.booleans()), "pool_type": draw(st.sampled_from(["tok", "avg"]))}
+    deeper, text_deeper = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    small = clip_config(small_width, 2, small_text, 1, head, **more)
+    grown_head = draw(st.sampled_from([head, width]))  # the heads' number or their size
+    large = clip_config(width, 2 + deeper, text, 1 + text_deeper, grown_head, **more)
+    large["vision_cfg"]["mlp_ratio"] = draw(st.sampled_from([4.0, 5.5]))
+    if width // grown_head < small_width // head:  # fewer heads: no growth connects them
+        large["vision_cfg"]["head_width"] = head
+    if draw(st.booleans()):  # a plain ViT
+        small.pop("text_cfg"), large.pop("text_cfg")
+    found = errors(small, large, double=True)
+    assert found.get("text", 0) < FP64
+    assert found["image"] < (FP64 if more["no_ln_pre"] else FP64_AFTER_LN_PRE)
+    assert max(errors(small, large).values()) < FP32
