@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from compt_megatron.checkpoint.commit import SINGLE_FILES
-from compt_megatron.checkpoint.contract import Reader, TensorInfo, dtype_name, slabs, split_name
+from compt_megatron.checkpoint.contract import Layout, Reader, TensorInfo, dtype_name, slabs, split_name
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import FORMATS, detect, open_reader, open_writer
 from compt_megatron.checkpoint.guard import Guard
-from compt_megatron.checkpoint.manifest import recorded_tensors
+from compt_megatron.checkpoint.manifest import manifest_path, recorded_tensors
 from compt_megatron.errors import UserError
 from compt_megatron.spec.table import ModelSpec
 
@@ -96,8 +96,9 @@ def check(path: str | Path, spec: ModelSpec | None = None) -> None:
         _check_tensors(path, reader)
         known = reader.metadata()
         if "checksums" in known and path.is_dir():
-            Guard(path, known).check_all()
-            _check_no_strangers(path, known)
+            root = path if manifest_path(path).is_file() else path.parent  # an iteration's folder within one of ours
+            Guard(root, known).check_all()
+            _check_no_strangers(root, known)
         for name, info in reader.tensors().items():
             for region in slabs(info, _SLAB):
                 _check_finite(path, name, reader.read(name, region))
@@ -111,7 +112,9 @@ def _check_finite(path: Path, name: str, values: torch.Tensor) -> None:
 
 
 def _check_no_strangers(path: Path, known: dict[str, Any]) -> None:
-    strangers = sorted({entry.name for entry in path.iterdir()} - set(known["checksums"]) - {"compt.json"})
+    own = {"compt.json", *known["checksums"]}
+    own |= {str(parent) for name in known["checksums"] for parent in Path(name).parents}
+    strangers = sorted({str(entry.relative_to(path)) for entry in path.rglob("*")} - own)
     if strangers:
         raise UserError(f"{path}: '{strangers[0]}' is not part of this checkpoint; move it elsewhere")
 
@@ -140,13 +143,14 @@ def convert(
     trust_pickle: bool = False,
     config: dict[str, Any] | None = None,
     attachments: dict[str, Path] | None = None,
+    layout: Layout | None = None,
 ) -> list[str]:
     """Write checkpoint `src` as `dst` in another format (or another `dtype` of its weights), tensor by tensor.
 
     Returns one line for each thing that was left out because the format cannot hold it (also kept in the notes of the
     result). `config` replaces the model config that is written, where the same model's tokenizer is found elsewhere;
     `attachments` are files {name: source} that the folder gets beside its own, the tokenizer's vocabulary; those of the
-    source are passed on.
+    source are passed on. `layout`: the model-parallel ranks that Megatron's files are cut for.
     Memory: a slab of 64 MiB, or one row, of a tensor. Raises UserError; then nothing is left behind.
     """
     keep_apart(src, dst)
@@ -160,10 +164,10 @@ def convert(
         rounded = [f"weights cast to {dtype_name(dtype)}"] if dtype is not None and cast != kept else []
         known, kept = reader.metadata(), cast
         notes = [*(known.get("notes") or []), *left_out, *rounded]
-        metadata = {**known, "notes": notes, "attachments": files}
+        metadata = {**known, "layout": None, "notes": notes, "attachments": files}
         target = reader.spec if config is None else replace(reader.spec, config=config)
         assert target.digest == reader.spec.digest, "another config of the same model"
-        writer = open_writer(dst, format, target, overwrite=overwrite)
+        writer = open_writer(dst, format, target, overwrite=overwrite, layout=layout)
         try:
             writer.declare(kept)
             for name, info in kept.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from compt_megatron.checkpoint import deepspeed, huggingface, megatron, open_clip
+from compt_megatron.checkpoint import deepspeed, huggingface, megatron, megatron_legacy, megatron_lm, open_clip
 from compt_megatron.checkpoint.commit import is_partial
 from compt_megatron.checkpoint.contract import Exchange, Format, Layout, Reader, Task, Writer, dtype_name
 from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
@@ -18,7 +18,8 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # a new format is one module and one entry here
 FORMATS: dict[str, Format] = {
-    module.FORMAT.name: module.FORMAT for module in (megatron, open_clip, huggingface, deepspeed)
+    module.FORMAT.name: module.FORMAT
+    for module in (megatron, megatron_lm, megatron_legacy, open_clip, huggingface, deepspeed)
 }
 
 

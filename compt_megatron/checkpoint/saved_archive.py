@@ -57,6 +57,10 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        """What a function would make."""
+        return Inert(*args)
+
     def append(self, value: Any) -> None:
         """What a list would keep."""
 

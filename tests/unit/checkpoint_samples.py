@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compt_megatron.checkpoint.contract import TensorInfo, Writer
+from compt_megatron.checkpoint.contract import Layout, TensorInfo, Writer
 from compt_megatron.checkpoint.formats import open_writer
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
@@ -89,14 +89,20 @@ class Exchange:
 
 
 def write_together(
-    path: Path, format: str, spec: ModelSpec, world: int, body: Callable[[Writer, int], Any]
+    path: Path,
+    format: str,
+    spec: ModelSpec,
+    world: int,
+    body: Callable[[Writer, int], Any],
+    layout: Layout | None = None,
 ) -> list[BaseException | None]:
     """Let `world` threads write one checkpoint; returns what each raised. `body(writer, rank)` ends in a commit."""
     exchange, raised = Exchange(world), [None] * world
 
     def work(rank: int) -> None:
         try:
-            writer = open_writer(path, format, spec, rank=rank, world=world, exchange=exchange.of(rank))
+            ranks = {"rank": rank, "world": world, "exchange": exchange.of(rank)}
+            writer = open_writer(path, format, spec, **ranks, layout=layout)
             try:
                 body(writer, rank)
             except BaseException:
