@@ -71,7 +71,7 @@ class HuggingFaceReader:
         self._spec = self._find_spec(spec)
         self.spec: ModelSpec | None = self._spec
         self._places = {f"weight/{name}": hf_place(self._spec, name) for name in self._spec.params}
-        self._state = Shards(guard, names, index)
+        self._state = Shards(guard, names, index, trust_pickle)
         try:
             self._keys = self._matched()
         except BaseException:

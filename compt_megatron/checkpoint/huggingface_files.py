@@ -79,8 +79,8 @@ class Shards:
     Raises UserError if a file is missing or damaged, or does not hold what the index says.
     """
 
-    def __init__(self, guard: Guard, names: list[str], index: Index | None) -> None:
-        self._guard = guard
+    def __init__(self, guard: Guard, names: list[str], index: Index | None, trust_pickle: bool) -> None:
+        self._guard, self._trust = guard, trust_pickle
         self._files: dict[str, StateFile] = {}
         self._infos: dict[str, TensorInfo] = {}
         self._home: Index = {}
@@ -100,7 +100,7 @@ class Shards:
         path = self._guard.folder / name
         if not path.is_file():
             raise UserError(f"{path}: this file of the checkpoint is missing; restore it or use another checkpoint")
-        self._files[name] = open_state_file(path)
+        self._files[name] = open_state_file(path, self._trust)
         for key, info in self._files[name].tensors().items():
             if index.get(key, name) != name:
                 continue

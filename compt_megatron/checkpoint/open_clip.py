@@ -62,7 +62,7 @@ class OpenClipReader:
         found = self._find_spec(spec)
         self.spec: ModelSpec | None = found
         guard.file(file.name)
-        self._state = open_state_file(file)
+        self._state = open_state_file(file, trust_pickle)
         self._places = {f"weight/{name}": open_clip_place(found, name) for name in found.params}
         stored = self._state.tensors()
         wrapped = "module." if stored and all(key.startswith("module.") for key in stored) else ""

@@ -27,14 +27,14 @@ class StateFile(Protocol):
     def close(self) -> None: ...
 
 
-def open_state_file(path: Path) -> StateFile:
-    """Open a state dict. Raises UserError if it is damaged or holds something else."""
+def open_state_file(path: Path, trust_pickle: bool = False) -> StateFile:
+    """Open a state dict. Raises UserError if it is damaged or holds something else; `trust_pickle`: see TorchFile."""
     with open(path, "rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise UserError(f"{path}: is git-lfs's pointer to the weights; fetch the file itself with `git lfs pull`")
     if path.suffix == ".safetensors" or is_safetensors(path):
         return SafetensorsFile(path)
-    return TorchFile(path)
+    return TorchFile(path, trust_pickle)
 
 
 def is_state_file(path: Path) -> bool:

@@ -1,15 +1,19 @@
-"""A state dict that torch.save wrote, bare or inside a trainer's file, mapped and not read whole."""
+"""A state dict that torch.save wrote, bare or inside a trainer's file, read by boxes."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from compt_megatron.checkpoint.contract import Region, TensorInfo
+from compt_megatron.checkpoint.open_files import OpenFiles
+from compt_megatron.checkpoint.saved_archive import SavedArchive, StoredTensor
 from compt_megatron.errors import UserError
 
 _ZIP, _LEGACY_PICKLE = b"PK\x03\x04", b"\x80\x02"
@@ -37,30 +41,30 @@ def pickle_bytes(path: Path, limit: int) -> bytes:
 
 
 class TorchFile:
-    """An open file of torch.save. Raises UserError if it is damaged, holds no state dict or not only plain tensors."""
+    """An open file of torch.save. Tensors are read where they lie; what is no plain archive is loaded by torch.
 
-    def __init__(self, path: Path) -> None:
+    Raises UserError if it is damaged, holds no state dict, not only plain tensors, or objects of other classes and
+    `trust_pickle` is not given.
+    """
+
+    def __init__(self, path: Path, trust_pickle: bool = False) -> None:
         self.path = path
+        self._files = OpenFiles(os.O_RDONLY)
+        self._archive: SavedArchive | None = None
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            wanted = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"its pickle asks for {wanted.group(1)}" if wanted else "its pickle is not a plain one"
-            raise UserError(
-                f"{path}: holds more than tensors and is not loaded ({reason}); save its state dict alone"
-            ) from error
-        except Exception as error:  # damaged bytes raise nearly anything
-            reason = str(error).strip().splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: damaged or no torch file ({reason}); restore it or use another") from error
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-        if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
-            raise UserError(f"{path}: holds no state dict; give a file of model weights")
-        found = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-        for key, value in found.items():
-            if not isinstance(key, str) or value.layout is not torch.strided or value.is_quantized:
-                raise UserError(f"{path}: {key!r} is no plain tensor under a name; save a state dict of dense tensors")
-        self._content = found
+            self._content = _state_dict(path, self._opened(trust_pickle))
+        except BaseException:
+            self.close()
+            raise
+
+    def _opened(self, trust_pickle: bool) -> Any:
+        if zipfile.is_zipfile(self.path):
+            try:
+                self._archive = SavedArchive(self.path, self._files, trust_pickle)
+                return self._archive.content
+            except UserError:  # compressed, sparse tensors, other classes: torch reads it, or knows what is wrong
+                pass
+        return _loaded(self.path, trust_pickle)
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every tensor, in the order of the file."""
@@ -68,7 +72,44 @@ class TorchFile:
 
     def read(self, key: str, region: Region) -> torch.Tensor:
         """A new tensor with the values of a box of tensor `key`."""
-        return self._content[key][region].detach().clone(memory_format=torch.contiguous_format)
+        value = self._content[key]
+        if isinstance(value, StoredTensor):
+            assert self._archive is not None
+            return self._archive.read(value, region)
+        return value[region].detach().clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
         self._content = {}
+        self._files.close()
+
+
+def _loaded(path: Path, trust_pickle: bool) -> Any:
+    try:
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"its pickle asks for {wanted.group(1)}" if wanted else "its pickle is not a plain one"
+        raise UserError(
+            f"{path}: holds more than tensors and is not loaded ({reason}); save its state dict alone, or pass "
+            "--trust-pickle if you trust who wrote it"
+        ) from error
+    except Exception as error:  # damaged bytes raise nearly anything
+        reason = str(error).strip().splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged or no torch file ({reason}); restore it or use another") from error
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, torch.Tensor | StoredTensor]:
+    """The tensors by name of what a file holds: a state dict, or a trainer's file with one as `state_dict`."""
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        content = {}
+    found = {key: value for key, value in content.items() if isinstance(value, torch.Tensor | StoredTensor)}
+    if not found:
+        raise UserError(f"{path}: holds no state dict; give a file of model weights")
+    for key, value in found.items():
+        plain = isinstance(value, StoredTensor) or (value.layout is torch.strided and not value.is_quantized)
+        if not isinstance(key, str) or not plain:
+            raise UserError(f"{path}: {key!r} is no plain tensor under a name; save a state dict of dense tensors")
+    return found
