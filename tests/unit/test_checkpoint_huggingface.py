@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +324,42 @@ def test_weights_are_the_same_by_their_hash_whatever_file_holds_them(tmp_path: P
     convert(tmp_path / "hub", tmp_path / "one.safetensors", "hf")
     hashes = {weight_hash(open_reader(tmp_path / name)) for name in ("hub", "one.safetensors")}
     assert len(hashes) == 1
+
+
+_COLUMNS = """
+import resource, sys
+from pathlib import Path
+from compt_megatron.checkpoint.state_file import open_state_file
+files = [open_state_file(Path(name)) for name in sys.argv[1:]]
+for file in files:
+    file.read("w", (slice(0, 1), slice(0, 1)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for file in files:
+    print(sum(file.read("w", (slice(0, 2**14), slice(at, at + 256))).sum().item() for at in range(0, 1024, 256)))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_a_box_of_columns_takes_the_memory_of_the_box(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2**14, 2**10)}  # 64 MiB; a box of 256 columns is 16 MiB
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.bin")
+    command = [sys.executable, "-c", _COLUMNS, str(tmp_path / "w.safetensors"), str(tmp_path / "w.bin")]
+    *totals, grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert [float(total) for total in totals] == [2**24, 2**24]
+    assert int(grown) < 16 + 4 + 12  # MiB: the box, a block, the allocator's slack
+
+
+class _Note:
+    """Stands for what a trainer leaves beside the weights."""
+
+
+def test_an_older_file_with_objects_is_read_where_its_writer_is_trusted(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path / "hub", shard="1GB")
+    want = contents(tmp_path / "hub")
+    state = load_file(tmp_path / "hub" / "model.safetensors")
+    (tmp_path / "hub" / "model.safetensors").unlink()
+    torch.save({"state_dict": state, "note": _Note()}, tmp_path / "hub" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="--trust-pickle"):
+        open_reader(tmp_path / "hub")
+    assert same(contents(tmp_path / "hub", trust_pickle=True), want)
