@@ -105,22 +105,23 @@ def build(spec: ModelSpec, vocab: int | None = None, stage: int | None = None, *
     torch.manual_seed(7)
     first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            qk_layernorm=args.qk_layernorm, normalization=args.normalization
-        ),
-        vocab_size=vocab or spec.params[next(iter(spec.params))].shape[0],
-        max_sequence_length=args.max_position_embeddings,
-        pre_process=first,
-        post_process=last,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_base=args.rotary_base,
-        rope_scaling=getattr(args, "use_rope_scaling", False),
-        parallel_output=False,
-        vp_stage=stage,
-    ).eval()
+    with cpu():
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=get_gpt_layer_local_spec(
+                qk_layernorm=args.qk_layernorm, normalization=args.normalization
+            ),
+            vocab_size=vocab or spec.params[next(iter(spec.params))].shape[0],
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_base=args.rotary_base,
+            rope_scaling=getattr(args, "use_rope_scaling", False),
+            parallel_output=False,
+            vp_stage=stage,
+        ).eval()
 
 
 def _tanh_gelu(value: torch.Tensor) -> torch.Tensor:
@@ -160,7 +161,9 @@ def save(folder: Path, state: dict[str, Any], **options: Any) -> Path:
 
 
 def train_step(model: Any, kind: str | None) -> tuple[Any, dict[str, Any]]:
-    """One step of Megatron's Adam on random gradients; `kind`: how its distributed optimizer saves, None for the other.
+    """One step of Megatron's Adam on gradients that are a function of the parameters, so the same at any layout.
+
+    `kind`: how the distributed optimizer saves, None for the other optimizer.
 
     Returns the optimizer and the state to save.
     """
@@ -172,9 +175,8 @@ def train_step(model: Any, kind: str | None) -> tuple[Any, dict[str, Any]]:
     with cpu():
         wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(**distributed), model)
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-2, **distributed), [wrapped])
-        generator = torch.Generator().manual_seed(3)
         for parameter in model.parameters():
-            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.main_grad.copy_((7 * parameter.detach()).sin())
         optimizer.step()
         state = {"model": sharded(model), "iteration": 5}
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
