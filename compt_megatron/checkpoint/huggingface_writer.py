@@ -6,14 +6,15 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from compt_megatron.checkpoint.commit import HashedFile, file_hash
+from compt_megatron.checkpoint.commit import HashedFile
 from compt_megatron.checkpoint.contract import Task, TensorInfo, dtype_name, split_name
 from compt_megatron.checkpoint.flat_file import FlatFile
 from compt_megatron.checkpoint.huggingface_files import CONFIG, INDEX, WEIGHTS, shard_name
+from compt_megatron.checkpoint.sums import joined
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.spec.huggingface_names import HfPlace, explicit_config, hf_place, hf_shapes
@@ -22,7 +23,13 @@ SHARD_BYTES = 5 * 10**9  # of one file, as transformers cuts them
 _PENDING_LIMIT = 128 * 2**20  # bytes of parts of rows that are kept until the rest of their rows has come
 
 Rows = tuple[str, tuple[int, ...], tuple[int, ...]]  # key, offsets and sizes without the last dimension
-Columns = tuple[int, torch.Tensor]  # offset in the last dimension, values
+
+
+class _Partial(NamedTuple):
+    """Whole rows of a tensor, of which the columns `columns` have come."""
+
+    values: torch.Tensor
+    columns: list[slice]
 
 
 class HuggingFaceWriter(BoxWriter):
@@ -42,7 +49,7 @@ class HuggingFaceWriter(BoxWriter):
         self._places: dict[str, HfPlace] = {name: hf_place(task.spec, name) for name in task.spec.params}
         self._files: dict[str, FlatFile] = {}
         self._home: dict[str, FlatFile] = {}
-        self._pending: dict[Rows, list[Columns]] = {}
+        self._pending: dict[Rows, _Partial] = {}
         self._pending_bytes = 0
         super().__init__(task)
 
@@ -98,11 +105,15 @@ class HuggingFaceWriter(BoxWriter):
             file.write(place.key, at, tensor)
             return
         rows = (place.key, at[:-1], tuple(tensor.shape[:-1]))
-        waiting = self._pending.setdefault(rows, [])
-        waiting.append((at[-1], tensor.clone()))
-        self._pending_bytes += tensor.nbytes
-        if sum(part.shape[-1] for _, part in waiting) == width:
-            waiting[:] = [(0, torch.cat([part for _, part in sorted(waiting, key=lambda item: item[0])], dim=-1))]
+        if rows not in self._pending:
+            self._pending[rows] = _Partial(torch.empty((*rows[2], width), dtype=tensor.dtype), [])
+            self._pending_bytes += self._pending[rows].values.nbytes
+        partial = self._pending[rows]
+        columns = slice(at[-1], at[-1] + tensor.shape[-1])
+        partial.values[..., columns] = tensor
+        partial.columns.append(columns)
+        if sum(part.stop - part.start for part in partial.columns) == width:
+            partial.columns[:] = [slice(0, width)]
             self._flush(rows)
         while self._pending_bytes > _PENDING_LIMIT:
             self._flush(next(iter(self._pending)))
@@ -110,9 +121,10 @@ class HuggingFaceWriter(BoxWriter):
     def _flush(self, rows: Rows) -> None:
         """Write what has come of some rows."""
         key, offsets, _ = rows
-        for column, part in self._pending.pop(rows):
-            self._home[key].write(key, (*offsets, column), part)
-            self._pending_bytes -= part.nbytes
+        partial = self._pending.pop(rows)
+        self._pending_bytes -= partial.values.nbytes
+        for columns in partial.columns:
+            self._home[key].write(key, (*offsets, columns.start), partial.values[..., columns])
 
     def _finish_rank(self) -> tuple[list[FileRow], Any]:
         assert self._files, "commit without declare"
@@ -120,10 +132,16 @@ class HuggingFaceWriter(BoxWriter):
             self._flush(next(iter(self._pending)))
         for file in self._files.values():
             file.finish()
-        return [], None
+        return [], {name: file.out.sums.found(file.path.stat().st_size) for name, file in self._files.items()}
 
     def _finish_folder(self, parts: list[Any], metadata: dict[str, Any]) -> list[FileRow]:
-        rows = [(name, file_hash(file.path), file.path.stat().st_size) for name, file in self._files.items()]
+        rows = []
+        for name, file in self._files.items():
+            size = file.path.stat().st_size
+            known: dict[int, str] = {}
+            for sums in parts:  # a piece that no rank wrote alone and in order is read
+                known |= sums[name]
+            rows.append((name, joined(file.path, size, known), size))
         if self.destination.single:
             return rows
         if len(self._files) > 1:
