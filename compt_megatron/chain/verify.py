@@ -35,7 +35,7 @@ def verify_checkpoint(path: Path, against: str | Path | None = None, spec: Model
     """The record of one checkpoint, see `verify`."""
     check(path, spec)
     record: dict[str, Any] = {"path": str(path), "files": "ok", "growth": None, "parity": None, "noise": None}
-    record |= {"noise_dtype": None, "notes": []}
+    record |= {"noise_dtype": None, "twins": [], "notes": []}
     reader = open_reader(path, spec)
     try:
         known = reader.metadata()
@@ -53,7 +53,9 @@ def verify_checkpoint(path: Path, against: str | Path | None = None, spec: Model
     if not report.ok:
         raise UserError(report.describe().splitlines()[0])
     record["growth"] = {"against": report.against, "tensors": report.tensors, "elements": report.elements}
-    return record | _parity(source, path, report.certificate.source_spec(), spec)
+    measured = _parity(source, path, report.certificate.source_spec(), spec)
+    twins = [f"warning: {line}" for line in report.twins]
+    return record | measured | {"notes": [*twins, *measured.get("notes", [])], "twins": report.twins}
 
 
 def _parity(source: Path, grown: Path, source_spec: ModelSpec, spec: ModelSpec | None) -> dict[str, Any]:

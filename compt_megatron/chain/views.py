@@ -130,7 +130,7 @@ def print_verification(records: list[dict[str, Any]]) -> None:
             parts.append(f"outputs differ by {', '.join(found)}, noise being that of {record['noise_dtype']}")
         print(f"{record['path']}: {'; '.join(parts)}")
         for note in record["notes"]:
-            print(f"  note: {note}")
+            print(f"  {note if note.startswith('warning: ') else f'note: {note}'}")
 
 
 def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
