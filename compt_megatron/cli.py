@@ -257,7 +257,7 @@ def build_parser() -> Parser:
     )
     command.checkpoint()
     command.add_argument("dst", metavar="DST", help="where the result goes")
-    command.add_argument("--format", default="open_clip", metavar="F", help="open_clip (default)")
+    command.add_argument("--format", default="open_clip", metavar="F", help="open_clip (default) or hf")
     command.overwrite()
 
     command = commands.add("report", report, "pictures and tables of a run", "compt report runs/demo")

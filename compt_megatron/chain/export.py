@@ -1,4 +1,4 @@
-"""Checkpoints for other people's tools: an open_clip folder that open_clip loads as it is, tokenizer included."""
+"""Checkpoints for other people's tools: a folder that open_clip or transformers loads as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compt_megatron.data.tokenizer import export_tokenizer
 from compt_megatron.errors import UserError
 from compt_megatron.spec.table import ModelSpec
 
-EXPORTS = ("open_clip",)
+EXPORTS = ("open_clip", "hf")
 
 
 def export(
@@ -22,9 +22,11 @@ def export(
     spec: ModelSpec | None = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Write checkpoint `src` as `dst` for open_clip: a folder (weights, config, tokenizer vocabulary) or one file.
+    """Write checkpoint `src` as `dst` for open_clip or transformers: a folder (weights, config, tokenizer) or one file.
 
-    Returns a line for each thing that was left out (optimizer state). Raises UserError for another format.
+    The tokenizer is the vocabulary that an open_clip config names, or the files that lie beside a Hugging Face source.
+    Returns a line for each thing that was left out (optimizer state). Raises UserError for another format, and for a
+    model that the format does not have.
     """
     if format not in EXPORTS:
         raise UserError(f"--format {format}: cannot export to it; choose one of {', '.join(EXPORTS)}")
@@ -35,5 +37,6 @@ def export(
         reader.close()
     assert known is not None, "a reader knows its model or refuses to open"
     dst = Path(dst)
-    config, files = (known.config, {}) if dst.suffix in SINGLE_FILES else export_tokenizer(known.config, dst)
+    plain = known.is_language_model or dst.suffix in SINGLE_FILES
+    config, files = (known.config, {}) if plain else export_tokenizer(known.config, dst)
     return convert(src, dst, format, spec=spec, overwrite=overwrite, config=config, attachments=files)

@@ -382,7 +382,7 @@ def test_weights_file_of_garbage(here: Path, capsys: Capture, file: str, content
         ("grow ck x.partial --to m.json", "kept for unfinished checkpoints"),
         ("grow ck " + "x" * 300 + " --to m.json", "File name too long"),
         ("grow " + "x" * 300 + " out --to m.json", "File name too long"),
-        ("export ck out --format hf", "cannot export to it"),
+        ("export ck out --format hf", "hf holds language models"),
         ("inspect .", "not a checkpoint of a known format"),
         ("verify ck --against nope", "ck: has no growth certificate"),
         ("eval ex --data emoji.tar --template x", "'x' has no '{}'"),

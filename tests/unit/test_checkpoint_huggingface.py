@@ -183,6 +183,16 @@ def test_the_dtype_is_said_as_both_versions_of_transformers_read_it(tmp_path: Pa
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_an_export_is_what_transformers_loads(tmp_path: Path) -> None:
+    model = saved("qwen3", tmp_path / "hub")
+    write(tmp_path / "run", "megatron", CLIP, weights(CLIP))
+    assert cli.main(["export", str(tmp_path / "hub"), str(tmp_path / "out"), "--format", "hf"]) == 0
+    assert torch.equal(logits(loaded(tmp_path / "out")), logits(model))
+    assert (tmp_path / "out" / "tokenizer.model").is_file()
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "no"), "--format", "hf"]) == 2
+    assert not list(tmp_path.glob("no*"))
+
+
 def test_inspect_of_a_folder_reads_its_description_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved("qwen2", tmp_path / "hub")
     seen = inspect(tmp_path / "hub")
