@@ -19,6 +19,7 @@ from compt_megatron.errors import (
     RunFolderTaken,
     StopRequested,
     UserError,
+    WorkerLost,
 )
 
 # what the system refuses because of what or where the user asked, not because of a bug
@@ -47,9 +48,10 @@ def guarded(parse: Callable[[], argparse.Namespace]) -> int:
         return EXIT_FAILED
     except (Exception, KeyboardInterrupt) as error:
         code, message = _judge(error)
-        if (code == EXIT_FAILED and not isinstance(error, KeyboardInterrupt)) or getattr(args, "debug", False):
+        said = isinstance(error, KeyboardInterrupt | WorkerLost)
+        if (code == EXIT_FAILED and not said) or getattr(args, "debug", False):
             traceback.print_exception(error)
-        _tell(args, code, message, started, record=not isinstance(error, RunFolderTaken))
+        _tell(args, code, message, started, said=said, record=not isinstance(error, RunFolderTaken))
         return code
     _tell(args, EXIT_DONE, "", started)
     return EXIT_DONE
@@ -64,6 +66,8 @@ def _judge(error: BaseException) -> tuple[int, str]:
         return EXIT_RESUMABLE, line or "stopped on request; start it again to go on"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_FAILED, "interrupted"
+    if isinstance(error, WorkerLost):
+        return EXIT_FAILED, line
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return EXIT_USER_ERROR, f"{error.filename or 'disk'}: {error.strerror}; choose a place that can be written"
     if isinstance(error, ModuleNotFoundError) and (missing := (error.name or "").partition(".")[0]) in _EXTRA_OF:
@@ -72,7 +76,9 @@ def _judge(error: BaseException) -> tuple[int, str]:
     return EXIT_FAILED, f"{type(error).__name__}: {line}"
 
 
-def _tell(args: argparse.Namespace, code: int, message: str, started: float, record: bool = True) -> None:
+def _tell(
+    args: argparse.Namespace, code: int, message: str, started: float, said: bool = False, record: bool = True
+) -> None:
     """The line on stderr, from rank 0 alone (another rank speaks if rank 0 does not end), and `status.json`."""
     given = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     rank = int(given) if given.isdecimal() else 0
@@ -85,7 +91,7 @@ def _tell(args: argparse.Namespace, code: int, message: str, started: float, rec
             return
     elif rank:
         return
-    if code in (EXIT_USER_ERROR, EXIT_RESUMABLE) or message == "interrupted":
+    if code in (EXIT_USER_ERROR, EXIT_RESUMABLE) or said:
         print(message if message.startswith("compt") else f"compt: {message}", file=sys.stderr)
     if record and folder is not None and (launched or _is_run(folder)):
         from compt_megatron.chain.status import write_status

@@ -1,4 +1,4 @@
-"""The two ways in which compt stops on purpose. Everything else is a bug and keeps its traceback."""
+"""The ways in which compt stops and says why. Everything else is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class UserError(Exception):
 
 class RunFolderTaken(UserError):
     """Another job is at work in the run folder: nothing is written there, not even how this one ended."""
+
+
+class WorkerLost(RuntimeError):
+    """A worker process was killed. Nothing is wrong with the input, and the same command goes on. Exit status 1."""
 
 
 class StopRequested(Exception):

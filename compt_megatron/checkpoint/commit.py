@@ -2,8 +2,8 @@
 
 Everything is written into `DST.partial/`, hashed as it is written and fsynced; compt.json comes last inside; then one
 rename makes `DST` appear, and its parent folder is fsynced. What a killed run left is `DST.partial/`: no reader
-accepts it, and the next run replaces it. A destination that is a single file (`.pt`, `.safetensors`) is made in
-`FILE.partial/` too and becomes `FILE` and `FILE.compt.json`.
+accepts it, and the next run continues it if it is the same request (journal.py), or else replaces it. A destination
+that is a single file (`.pt`, `.safetensors`) is made in `FILE.partial/` too and becomes `FILE` and `FILE.compt.json`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compt_megatron.checkpoint.contract import Exchange
+from compt_megatron.checkpoint.journal import claim, has_journal, is_of, remove_journals
 from compt_megatron.checkpoint.manifest import MANIFEST, manifest_bytes, manifest_path
 from compt_megatron.checkpoint.out_file import HashedFile, no_room  # noqa: F401
 from compt_megatron.checkpoint.party import Party
@@ -39,10 +40,20 @@ def is_partial(path: Path) -> bool:
 class Destination:
     """The place where one checkpoint is written by one or several ranks; see the module's docstring.
 
-    Raises UserError, on every rank and before anything is written, if `path` cannot become a checkpoint.
+    `request`: what identifies this request (None: nothing is continued); `continued`: whether the files of an earlier
+    run of it are there. Raises UserError, on every rank and before anything is written, if `path` cannot become a
+    checkpoint or another job is writing it.
     """
 
-    def __init__(self, path: Path, rank: int, world: int, exchange: Exchange | None, overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rank: int,
+        world: int,
+        exchange: Exchange | None,
+        overwrite: bool,
+        request: str | None = None,
+    ) -> None:
         self.path = Path(path)
         if not self.path.name:
             raise UserError(f"{str(path)!r}: does not name a checkpoint; give the name of a new folder or file")
@@ -51,9 +62,14 @@ class Destination:
         self.folder = partial_path(self.path)
         self._overwrite = overwrite
         self._new_parents: list[Path] = []  # folders that were made for it, inmost first
-        self.party.lead(self._prepare)
+        self._claim = -1
+        try:
+            self.continued: bool = self.party.lead(lambda: self._prepare(request))
+        except RuntimeError:  # another rank failed; what this one prepared has no use
+            self.discard()
+            raise
 
-    def _prepare(self) -> None:
+    def _prepare(self, request: str | None) -> bool:
         if is_partial(self.path):
             raise UserError(
                 f"{self.path}: a name that ends in {_PARTIAL} is kept for unfinished checkpoints; rename it"
@@ -71,15 +87,30 @@ class Destination:
                 f"{self.path}: is a file; name a folder, or a file that ends in {' or '.join(SINGLE_FILES)}"
             )
         try:
+            if has_journal(self.folder):
+                self._claim = claim(self.folder)
+            if is_of(self.folder, request):
+                return True
+            self.unclaim()
             _remove(self.folder)
             self._new_parents = [parent for parent in self.path.parents if not parent.exists()]
             self.folder.mkdir(parents=True)
+            if request is not None:
+                self._claim = claim(self.folder)
+            return False
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written there ({error.strerror}); choose another place") from error
 
+    def unclaim(self) -> None:
+        """Let another job have the place."""
+        if self._claim >= 0:
+            os.close(self._claim)
+            self._claim = -1
+
     def require_space(self, count: int) -> None:
         """Raise UserError if `count` bytes and a margin do not fit on the disk of the destination."""
-        free = shutil.disk_usage(self.folder).free
+        there = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*")) if self.continued else 0
+        free = shutil.disk_usage(self.folder).free + there
         if count + _MARGIN > free:
             needs = f"needs {_gigabytes(count + _MARGIN)}, {_gigabytes(free)} free at {self.path.parent}"
             raise UserError(f"{self.path}: {needs}; free some space or choose another destination")
@@ -87,16 +118,26 @@ class Destination:
     def commit(self, manifest: dict[str, Any]) -> None:
         """Rank 0 only: write compt.json, make everything durable, and move it to its name."""
         manifest_file = self.folder / (manifest_path(self.path).name if self.single else MANIFEST)
-        with open(manifest_file, "xb") as file:
+        with open(manifest_file, "wb") as file:
             file.write(manifest_bytes(manifest))
             file.flush()
             os.fsync(file.fileno())
+        if self.continued:
+            self._remove_strangers({*manifest["files"], manifest_file.name})
+        remove_journals(self.folder)
         fsync_folder(self.folder)
         if self.single:
             self._move_files(manifest_file)
         else:
             _move_folder(self.folder, self.path)
         fsync_folder(self.path.parent)
+        self.unclaim()
+
+    def _remove_strangers(self, names: set[str]) -> None:
+        """Files that the earlier run made and this one did not."""
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.relative_to(self.folder).as_posix() not in names:
+                path.unlink()
 
     def _move_files(self, manifest_file: Path) -> None:
         # The record of a replaced file goes first: a kill in between leaves a whole file without a record, never one
@@ -111,6 +152,7 @@ class Destination:
         if not self.party.leads:
             return
         _remove(self.folder)
+        self.unclaim()
         for parent in self._new_parents:
             if not _is_empty_folder(parent):
                 break

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -94,7 +95,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Task:
-    """What one rank is asked to write: a checkpoint of `spec` at `path`, together with the other ranks of `world`."""
+    """What one rank is asked to write: a checkpoint of `spec` at `path`, together with the other ranks of `world`.
+
+    `request`: what identifies the whole request, so that what a killed run of the same one left is continued (None:
+    what is there is replaced).
+    """
 
     path: Path
     spec: ModelSpec
@@ -103,6 +108,7 @@ class Task:
     exchange: Exchange | None = None
     overwrite: bool = False
     layout: Layout = Layout()
+    request: str | None = None
 
 
 class OpenWriter(Protocol):
@@ -151,14 +157,19 @@ def region_shape(region: Region) -> tuple[int, ...]:
 
 
 def slabs(info: TensorInfo, limit: int) -> Iterator[Region]:
-    """Cut a tensor along its first dimension into regions of at most `limit` bytes each (at least one row)."""
-    if not info.shape:
+    """Cut a tensor along its first dimensions into regions of at most `limit` bytes each, in the order of its bytes."""
+    sizes = info.shape
+    cut = 0  # the dimension that is cut; those before it are taken index by index
+    while cut < len(sizes) - 1 and prod(sizes[cut + 1 :]) * info.dtype.itemsize > limit:
+        cut += 1
+    if not sizes:
         yield ()
         return
-    rows = max(1, limit * info.shape[0] // max(1, info.nbytes))
-    for start in range(0, info.shape[0], rows):
-        first = slice(start, min(start + rows, info.shape[0]))
-        yield (first, *(slice(0, size) for size in info.shape[1:]))
+    rows = max(1, limit // max(1, prod(sizes[cut + 1 :]) * info.dtype.itemsize))
+    for lead in product(*(range(size) for size in sizes[:cut])):
+        for start in range(0, sizes[cut], rows):
+            first = slice(start, min(start + rows, sizes[cut]))
+            yield (*(slice(at, at + 1) for at in lead), first, *(slice(0, size) for size in sizes[cut + 1 :]))
 
 
 def flat_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Region, slice]]:

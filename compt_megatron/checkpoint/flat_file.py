@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -85,22 +86,28 @@ class FlatFile:
     def write(self, key: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
         """Store a box of tensor `key`."""
         info = self.tensors[key]
-        self._write_box(self._starts[key], info.shape, offsets, tensor.cpu().contiguous())
+        for at, data in self._runs(self._starts[key], info.shape, offsets, tensor.cpu().contiguous()):
+            self.out.put(at, data)
 
-    def _write_box(self, start: int, shape: tuple[int, ...], offsets: tuple[int, ...], box: torch.Tensor) -> None:
+    def _runs(
+        self, start: int, shape: tuple[int, ...], offsets: tuple[int, ...], box: torch.Tensor
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The runs of bytes that a box is in the file, and where each begins."""
         if not shape or tuple(box.shape[1:]) == shape[1:]:
             at = offsets[0] * prod(shape[1:]) * box.dtype.itemsize if shape else 0
-            self.out.put(start + at, box.reshape(-1).view(torch.uint8).numpy())
+            yield start + at, box.reshape(-1).view(torch.uint8).numpy()
             return
         step = prod(shape[1:]) * box.dtype.itemsize
         for index in range(box.shape[0]):
-            self._write_box(start + (offsets[0] + index) * step, shape[1:], offsets[1:], box[index])
+            yield from self._runs(start + (offsets[0] + index) * step, shape[1:], offsets[1:], box[index])
 
     def read_back(self, key: str, region: Region) -> torch.Tensor:
-        """A box of tensor `key` as it lies in the file."""
+        """A box of tensor `key` as an earlier run left it in the file; its bytes are noted in the file's sums."""
         info = self.tensors[key]
-        self.out.drain()
-        return read_strided(self.out.descriptor, self._starts[key], info.shape, info.dtype, region)
+        values = read_strided(self.out.descriptor, self._starts[key], info.shape, info.dtype, region)
+        for at, data in self._runs(self._starts[key], info.shape, tuple(side.start for side in region), values):
+            self.out.sums.update(at, data.data)
+        return values
 
     def mapped(self) -> dict[str, torch.Tensor]:
         """All tensors, their bytes mapped from the file and not in memory; each is a storage of its own."""

@@ -82,13 +82,14 @@ def open_writer(
     exchange: Exchange | None = None,
     overwrite: bool = False,
     layout: Layout | None = None,
+    request: str | None = None,
 ) -> Writer:
     """Begin a checkpoint of model `spec`; it appears at `path` when committed.
 
     Ranks that write one checkpoint together pass their `rank` of `world` and an all-gather of objects, and make all
     collective calls (this one, declare, commit) together. `layout`: the model-parallel ranks that the files are cut
-    for, where the format cuts its files. Raises UserError if the format is unknown or read only, or
-    the path is taken.
+    for, where the format cuts its files. `request`: see `Task`. Raises UserError if the format is unknown or read only,
+    or the path is taken.
     """
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1)
@@ -97,4 +98,4 @@ def open_writer(
     opener = FORMATS[format].open_writer
     if opener is None:
         raise UserError(f"checkpoint format '{format}' can only be read; choose another with --format")
-    return opener(Task(Path(path), spec, rank, world, exchange, overwrite, layout or Layout()))
+    return opener(Task(Path(path), spec, rank, world, exchange, overwrite, layout or Layout(), request))

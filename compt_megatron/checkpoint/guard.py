@@ -7,14 +7,15 @@ nothing is committed before `Checks.settle` has returned.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from compt_megatron.checkpoint.pace import Pace
 from compt_megatron.checkpoint.sums import PIECE, piece_sums, pieces, split_sums, whole_hash
 from compt_megatron.errors import UserError
 
@@ -24,28 +25,62 @@ _AT_ONCE = 8  # pieces that are checked in one go
 
 
 class Checks:
-    """Checks of this worker's share of the files, made by a thread beside the work."""
+    """Checks of this worker's share of the files, made by a thread beside the work, no faster than the work goes on."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
-        self._thread = ThreadPoolExecutor(1, "check")
-        self._pending: list[Future[None]] = []
-        self._given_up = threading.Event()
+        self.rank, self.world, self.pace = rank, world, Pace()
+        self._thread: Thread | None = None
+        self._waiting: list[Callable[[], None]] = []
+        self._error: BaseException | None = None
+        self._given_up = False
 
     def add(self, check: Callable[[], None]) -> None:
-        """Let `check`, which raises UserError, be called soon."""
-        self._pending.append(self._thread.submit(lambda: None if self._given_up.is_set() else check()))
+        """Let `check`, which raises UserError, be called beside the work."""
+        assert self._thread is None, "the checks have begun"
+        self._waiting.append(check)
+
+    def begin(self) -> None:
+        """Start checking. The work reports to `pace` how far it is."""
+        if self._waiting:
+            self._thread = Thread(target=self._run, name="check", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        for index, check in enumerate(self._waiting):
+            self.pace.wait_for(index / len(self._waiting))
+            if self._given_up:
+                return
+            try:
+                check()
+            except BaseException as error:  # raised by `settle`, in the thread that must know
+                self._error = error
+                return
+
+    def look(self) -> None:
+        """Raise UserError if something was found damaged so far."""
+        if self._error is not None:
+            raise self._error
 
     def settle(self) -> None:
         """Wait until all is checked. Raises UserError if something was damaged."""
-        for done in wait(self._pending, return_when=FIRST_EXCEPTION).done:
-            done.result()
-        self._pending = [future for future in self._pending if not future.done()]
+        self.pace.release()
+        if self._thread is not None:
+            self._thread.join()
+        self.look()
 
     def close(self) -> None:
         """Give up what was not checked yet."""
-        self._given_up.set()
-        self._thread.shutdown(cancel_futures=True)
+        self._given_up = True
+        self.pace.release()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class _Trusting(Checks):
+    """For a second look at files that are being checked already."""
+
+    def add(self, check: Callable[[], None]) -> None:
+        pass
 
 
 _deferred: ContextVar[Checks | None] = ContextVar("deferred", default=None)
@@ -53,14 +88,27 @@ _deferred: ContextVar[Checks | None] = ContextVar("deferred", default=None)
 
 @contextmanager
 def deferred(rank: int = 0, world: int = 1) -> Iterator[Checks]:
-    """Checkpoints that are opened inside check their large files in the background; see the module's docstring.
+    """Checkpoints that are opened inside leave the check of large files to `Checks`; see the module's docstring.
 
     Every one of `world` workers must do so: each checks its share.
     """
     checks = Checks(rank, world)
+    with _entered(checks):
+        yield checks
+
+
+@contextmanager
+def already_checked() -> Iterator[None]:
+    """Large files of checkpoints that are opened inside are checked by somebody else."""
+    with _entered(_Trusting()):
+        yield
+
+
+@contextmanager
+def _entered(checks: Checks) -> Iterator[None]:
     token = _deferred.set(checks)
     try:
-        yield checks
+        yield
     finally:
         _deferred.reset(token)
         checks.close()
@@ -89,13 +137,13 @@ class Guard:
                 self._compare_size(self._existing(name), name)
 
     def _defer(self, checks: Checks) -> None:
-        """Hand this worker's share of the large files over: whole files in turn, or else a run of the pieces of each."""
+        """Hand over this worker's share of the large files: whole files in turn, or a run of the pieces of each."""
         large = [name for name, size in sorted(self._sizes.items()) if size > _LARGE]
         self._checked.update(large)
         for index, name in enumerate(large):
             first, last = self._share(index, pieces(self._sizes[name]), checks)
             for at in range(first, last, _AT_ONCE):
-                checks.add(lambda name=name, at=at, last=last: self._compare(name, at, min(at + _AT_ONCE, last)))
+                checks.add(partial(self._compare, name, at, min(at + _AT_ONCE, last)))
 
     def _share(self, index: int, count: int, checks: Checks) -> tuple[int, int]:
         if self._whole:

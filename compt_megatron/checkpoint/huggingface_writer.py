@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from compt_megatron.checkpoint.commit import HashedFile
-from compt_megatron.checkpoint.contract import Task, TensorInfo, dtype_name, split_name
+from compt_megatron.checkpoint.contract import Region, Task, TensorInfo, dtype_name, split_name
 from compt_megatron.checkpoint.flat_file import FlatFile
 from compt_megatron.checkpoint.huggingface_files import CONFIG, INDEX, WEIGHTS, shard_name
-from compt_megatron.checkpoint.sums import joined
+from compt_megatron.checkpoint.out_file import HashedFile, OutFile
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.spec.huggingface_names import HfPlace, explicit_config, hf_place, hf_shapes
@@ -126,22 +125,37 @@ class HuggingFaceWriter(BoxWriter):
         for columns in partial.columns:
             self._home[key].write(key, (*offsets, columns.start), partial.values[..., columns])
 
-    def _finish_rank(self) -> tuple[list[FileRow], Any]:
-        assert self._files, "commit without declare"
+    def _end_unit(self) -> None:
         while self._pending:
             self._flush(next(iter(self._pending)))
+
+    def _interleaved(self, name: str) -> tuple[Any, int] | None:
+        shape, place = self.declared[name].shape, self._places[split_name(name)[1]]
+        whole = len(shape) < 2 or self._home[place.key].tensors[place.key].shape[-1] == shape[-1]
+        return None if whole else (place.key, shape[0])
+
+    def _position(self, name: str) -> tuple[str, int, int]:
+        place = self._places[split_name(name)[1]]
+        file = self._home[place.key]
+        return file.path.name, file.position(place.key), place.start
+
+    def _out_files(self) -> Iterable[OutFile]:
+        return [file.out for file in self._files.values()]
+
+    def _read_back(self, name: str, region: Region) -> torch.Tensor:
+        place = self._places[split_name(name)[1]]
+        last = slice(region[-1].start + place.start, region[-1].stop + place.start)
+        return self._home[place.key].read_back(place.key, (*region[:-1], last))
+
+    def _finish_rank(self) -> tuple[list[FileRow], Any]:
+        assert self._files, "commit without declare"
+        self._end_unit()
         for file in self._files.values():
             file.finish()
-        return [], {name: file.out.sums.found(file.path.stat().st_size) for name, file in self._files.items()}
+        return [], None
 
     def _finish_folder(self, parts: list[Any], metadata: dict[str, Any]) -> list[FileRow]:
-        rows = []
-        for name, file in self._files.items():
-            size = file.path.stat().st_size
-            known: dict[int, str] = {}
-            for sums in parts:  # a piece that no rank wrote alone and in order is read
-                known |= sums[name]
-            rows.append((name, joined(file.path, size, known), size))
+        rows = [self._file_row(file.path) for file in self._files.values()]
         if self.destination.single:
             return rows
         if len(self._files) > 1:

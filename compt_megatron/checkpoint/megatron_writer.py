@@ -11,6 +11,7 @@ import torch
 from compt_megatron.checkpoint.commit import SINGLE_FILES, HashedFile
 from compt_megatron.checkpoint.contract import Layout, Task, TensorInfo, split_name
 from compt_megatron.checkpoint.dcp_metadata import dcp_metadata_bytes
+from compt_megatron.checkpoint.journal import Entry
 from compt_megatron.checkpoint.megatron_keys import STATE, MegatronKeys
 from compt_megatron.checkpoint.megatron_layout import Cutter, check_layout
 from compt_megatron.checkpoint.torch_dist import METADATA, ChunkFiles
@@ -133,9 +134,27 @@ class MegatronWriter(BoxWriter):
             else:
                 self._files.write(rank, key, (place.layer, *at), values[region][None])
 
-    def _finish_rank(self) -> tuple[list[FileRow], Any]:
+    def _end_unit(self) -> None:
         while self._pending:
             self._flush(next(iter(self._pending)))
+
+    def _interleaved(self, name: str) -> tuple[Any, int] | None:
+        prefix, rest = split_name(name)
+        place = self._keys.places.get(rest)
+        if prefix not in STATE or place is None or place.part not in ("q", "k", "v"):
+            return None
+        param = self.spec.params[rest]
+        groups = self.spec.towers[param.tower].groups
+        return (prefix, place.key, place.layer), param.shape[0] if place.transposed else groups
+
+    def _sync(self) -> Any:
+        return self._files.progress()
+
+    def _restore(self, entry: Entry) -> bool:
+        return self._files.resume(entry.state)
+
+    def _finish_rank(self) -> tuple[list[FileRow], Any]:
+        self._end_unit()
         if self.party.leads:
             # megatron-core wants this object for every linear when it loads; what it saves there is a list of None
             for key in self._keys.extra_states(self.declared):

@@ -6,12 +6,12 @@ They hold weights only. What we write is loaded by open_clip strictly; q, k and 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compt_megatron.checkpoint.commit import HashedFile, file_hash
 from compt_megatron.checkpoint.contract import (
     Format,
     Region,
@@ -25,6 +25,7 @@ from compt_megatron.checkpoint.deepspeed_files import is_deepspeed
 from compt_megatron.checkpoint.flat_file import FlatFile
 from compt_megatron.checkpoint.guard import Guard
 from compt_megatron.checkpoint.manifest import read_manifest, recorded_spec, under_name
+from compt_megatron.checkpoint.out_file import HashedFile, OutFile
 from compt_megatron.checkpoint.state_file import holds_language_model, is_state_file, open_state_file
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
@@ -176,6 +177,21 @@ class OpenClipWriter(BoxWriter):
             offsets = (offsets[0] + place.start, *offsets[1:])
         self._file.write(place.key, offsets, tensor)
 
+    def _out_files(self) -> Iterable[OutFile]:
+        return [self._file.out] if self._file is not None else []
+
+    def _read_back(self, name: str, region: Region) -> torch.Tensor:
+        assert self._file is not None
+        place = self._places[split_name(name)[1]]
+        if region:
+            region = (slice(region[0].start + place.start, region[0].stop + place.start), *region[1:])
+        return self._file.read_back(place.key, region)
+
+    def _position(self, name: str) -> tuple[int, int]:
+        assert self._file is not None
+        place = self._places[split_name(name)[1]]
+        return self._file.position(place.key), place.start
+
     def _finish_rank(self) -> tuple[list[FileRow], Any]:
         assert self._file is not None, "commit without declare"
         self._file.finish()
@@ -189,7 +205,7 @@ class OpenClipWriter(BoxWriter):
             torch.save(self._file.mapped(), file)  # type: ignore[arg-type]
             weights.unlink()
             return [file.finish()]
-        files = [(weights.name, file_hash(weights), weights.stat().st_size)]
+        files = [self._file_row(weights)]
         if not self.destination.single:
             preprocess = metadata.get("preprocess_cfg") or _PREPROCESS
             config = {"model_cfg": self.spec.config, "preprocess_cfg": preprocess}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from compt_megatron.checkpoint.sums import Sums, joined
 from compt_megatron.errors import UserError
@@ -227,18 +228,50 @@ def _pwrite(descriptor: int, view: memoryview, at: int) -> None:
 
 
 class HashedFile(OutFile):
-    """A new file that is only appended to; a binary stream for torch.save and pickle."""
+    """A file that is only appended to, from its beginning; a binary stream for torch.save and pickle."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        os.ftruncate(self.descriptor, 0)  # what a killed run left
         self.size = 0
+        self._since = xxhash.xxh3_64()  # of what was written after the last `progress`
+        self._clean = False  # whether the file ends here: a killed run may have left more
 
     def write(self, data: Any) -> int:
         count = memoryview(data).nbytes
+        self._cut()
         self.put(self.size, data)
+        self._since.update(data)
         self.size += count
         return count
+
+    def _cut(self) -> None:
+        if not self._clean:
+            os.ftruncate(self.descriptor, self.size)
+            self._clean = True
+
+    def drain(self) -> None:
+        self._cut()
+        super().drain()
+
+    def progress(self) -> tuple[int, str]:
+        """Make all durable; returns the size, and a hash of what was written since the last call."""
+        self.sync()
+        found = self.size, self._since.hexdigest()
+        self._since = xxhash.xxh3_64()
+        return found
+
+    def resume(self, progress: tuple[int, str]) -> bool:
+        """Whether the bytes that an earlier `progress` speaks of are there; if so, the file goes on behind them."""
+        size, digest = progress
+        found = xxhash.xxh3_64()
+        for at in range(self.size, size, _BLOCK):
+            data = os.pread(self.descriptor, min(_BLOCK, size - at), at)
+            found.update(data)
+            self.sums.update(at, memoryview(data))
+        if found.hexdigest() != digest:
+            return False
+        self.size = size
+        return True
 
     def tell(self) -> int:
         return self.size

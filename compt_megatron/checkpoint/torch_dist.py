@@ -162,6 +162,7 @@ class ChunkFile:
         self._file = HashedFile(path)
         self.chunks: list[StoredChunk] = []
         self.blobs: list[StoredBlob] = []
+        self._told = (0, 0)  # how many of them `progress` has told
 
     def _append(self, value: Any) -> tuple[str, int, int]:
         self._file.write(bytes(-self._file.size % _ALIGN))
@@ -178,6 +179,21 @@ class ChunkFile:
 
     def write_object(self, key: str, value: Any) -> None:
         self.blobs.append((key, *self._append(value)))
+
+    def progress(self) -> list[Any]:
+        """Make all durable; returns what `resume` must know of what was written since the last call."""
+        told, self._told = self._told, (len(self.chunks), len(self.blobs))
+        return [self._file.progress(), self.chunks[told[0] :], self.blobs[told[1] :]]
+
+    def resume(self, progress: list[Any]) -> bool:
+        """Whether what an earlier run noted is there; if so, the file goes on behind it."""
+        place, chunks, blobs = progress
+        if not self._file.resume(place):
+            return False
+        self.chunks += [(key, tuple(offsets), tuple(sizes), *rest) for key, offsets, sizes, *rest in chunks]
+        self.blobs += [tuple(blob) for blob in blobs]
+        self._told = len(self.chunks), len(self.blobs)
+        return True
 
     def finish(self) -> tuple[str, str, int]:
         """Make the file durable; returns (name, hash, bytes)."""
@@ -205,6 +221,14 @@ class ChunkFiles:
 
     def write_object(self, rank: int, key: str, value: Any) -> None:
         self._file(rank).write_object(key, value)
+
+    def progress(self) -> dict[str, Any]:
+        """Make all durable; returns what `resume` must know of what was written since the last call."""
+        return {str(rank): file.progress() for rank, file in self._files.items()}
+
+    def resume(self, progress: dict[str, Any]) -> bool:
+        """Whether what an earlier run noted is there; if so, the files go on behind it."""
+        return all(self._file(int(rank)).resume(own) for rank, own in progress.items())
 
     @property
     def chunks(self) -> list[StoredChunk]:

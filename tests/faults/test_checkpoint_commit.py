@@ -154,7 +154,7 @@ def test_a_failing_rank_fails_all_and_leaves_nothing(tmp_path: Path, fault: str)
             if rank == 1 and fault == "twice" and name == "weight/visual.proj":
                 writer.write(name, (20, 0), value[20:22])
         if rank == 1 and fault == "loses its disk":
-            writer._file._file.error = OSError(28, "No space left on device")
+            next(iter(writer._files._files.values()))._file.error = OSError(28, "No space left on device")
         writer.commit({})
 
     raised = write_together(tmp_path / "run", "megatron", VIT, 3, body)

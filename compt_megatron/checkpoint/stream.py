@@ -1,0 +1,124 @@
+"""Streams tensors into a checkpoint that is being written: each worker its share, in pieces that bound its memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from compt_megatron import __version__
+from compt_megatron.checkpoint.contract import Region, TensorInfo, Writer, region_shape, slabs
+from compt_megatron.checkpoint.guard import Checks
+from compt_megatron.checkpoint.manifest import manifest_path
+from compt_megatron.checkpoint.workers import Place
+from compt_megatron.checkpoint.writing import KEEP, BoxWriter, Unit
+
+Make = Callable[[str, Region], torch.Tensor]  # (boundary name, region) -> its values, in the declared dtype
+Cost = Callable[[str, Region], float]
+
+SLAB = 8 * 2**20  # bytes of a tensor that are made at a time
+
+
+def stream(
+    writer: Writer,
+    infos: dict[str, TensorInfo],
+    make: Make,
+    place: Place,
+    *,
+    cost: Cost | None = None,
+    ahead: float = 0.0,
+    checks: Checks | None = None,
+) -> None:
+    """Write this worker's share of the declared tensors, `make` giving their values.
+
+    `cost`: of a box, in any unit (None: its bytes); `ahead`: what the first worker has to do besides. `checks` of the
+    source go on beside. What an earlier run of the same request has written is left as it is.
+    """
+    nbytes = _bytes_of(infos)
+    mine = share(list(_units(writer, infos)), cost or nbytes, place.shard, ahead)
+    kept = writer.recover() if isinstance(writer, BoxWriter) else set()
+    done, total = 0, sum(nbytes(name, region) for unit in mine for name, region in unit)
+    if checks is not None:
+        checks.begin()
+    for unit in mine:
+        for name, region in unit:
+            offsets = tuple(side.start for side in region)
+            if (name, (offsets, region_shape(region))) not in kept:
+                writer.write(name, offsets, make(name, region))
+            done += nbytes(name, region)
+        if isinstance(writer, BoxWriter):
+            writer.keep()
+        if place.progress is not None:
+            place.progress(done, total)
+        if checks is not None:
+            checks.pace.reach(done / total)
+            checks.look()
+
+
+def settle(writer: Writer, checks: Checks) -> None:
+    """Wait for the checks of all workers. If something was damaged, all of them raise UserError."""
+    writer.party.share(checks.settle) if isinstance(writer, BoxWriter) else checks.settle()
+
+
+def _units(writer: Writer, infos: dict[str, TensorInfo]) -> Iterator[Unit]:
+    if isinstance(writer, BoxWriter):
+        yield from writer.units(SLAB)
+        return
+    for name, info in infos.items():
+        yield from ([(name, region)] for region in slabs(info, SLAB))
+
+
+def _bytes_of(infos: dict[str, TensorInfo]) -> Callable[[str, Region], int]:
+    def count(name: str, region: Region) -> int:
+        return torch.Size(region_shape(region)).numel() * infos[name].dtype.itemsize
+
+    return count
+
+
+def share(units: list[Unit], cost: Cost, shard: tuple[int, int], ahead: float = 0.0) -> list[Unit]:
+    """The units of one worker: a run of them, so that neighbours stay together, of about the cost of the others'."""
+    rank, world = shard
+    if world == 1:
+        return units
+    costs = [sum(cost(name, region) for name, region in unit) for unit in units]
+    total = ahead + sum(costs)
+    mine, at = [], ahead
+    for unit, own in zip(units, costs, strict=True):
+        if min(int((at + own / 2) * world / total), world - 1) == rank:
+            mine.append(unit)
+        at += own
+    return mine
+
+
+@contextmanager
+def unfinished(writer: Writer) -> Iterator[None]:
+    """Where a checkpoint is written: an error removes what was written, an interruption leaves it to be continued."""
+    try:
+        yield
+    except Exception:
+        writer.abort()
+        raise
+    except BaseException:
+        writer.leave() if isinstance(writer, BoxWriter) else writer.abort()
+        raise
+
+
+def identity(place: Place, src: Path, *request: Any) -> str:
+    """What a request to make a checkpoint from `src` is known by: its files, `request` (by its repr), and the number of
+    workers. Files are the same if none was replaced or touched since.
+    """
+    inside = sorted(path for path in src.rglob("*") if path.is_file()) if src.is_dir() else [src, manifest_path(src)]
+    known = [(str(path.resolve()), *_state(path)) for path in inside if path.is_file()]
+    text = json.dumps([__version__, SLAB, KEEP, place.world, known, [repr(part) for part in request]])
+    found = str(xxhash.xxh3_128(text.encode()).hexdigest())
+    return found if place.exchange is None else str(place.exchange(found)[0])
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
