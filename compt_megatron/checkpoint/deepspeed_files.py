@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from compt_megatron.checkpoint.manifest import MANIFEST
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import read_json
 from compt_megatron.spec.families import spec_from_config
@@ -124,9 +123,3 @@ def find_spec(folder: Path, given: ModelSpec | None) -> ModelSpec:
             if (place / name).is_file():
                 return spec_from_config(read_json(place / name), place.name)
     raise UserError(f"{folder}: does not record which model it holds; name its model config with --from")
-
-
-def manifest_folder(path: Path, folder: Path) -> Path:
-    """Where compt.json of the universal checkpoint `folder` lies: above, if there is one there that is its own."""
-    above = folder.parent
-    return above if (above / MANIFEST).is_file() and universal_folder(above) == folder else path

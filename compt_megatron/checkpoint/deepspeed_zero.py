@@ -13,6 +13,7 @@ runtime/bf16_optimizer.py, runtime/fp16/.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil, prod
@@ -85,7 +86,7 @@ class ZeroFolder:
         self.states: dict[str, Tensors] = {kind: Tensors() for kind in ("weight", "master", *MOMENTS)}
         self.steps: dict[str, float] = {}
         self.notes: list[str] = []
-        self._files = OpenFiles(0)
+        self._files = OpenFiles(os.O_RDONLY)
         files = zero_files(folder)
         model = [SavedArchive(path, self._files, trust_pickle) for path in files.model]
         self.model: dict[str, Any] = model[0].content

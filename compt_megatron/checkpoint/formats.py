@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 
-from compt_megatron.checkpoint import deepspeed, huggingface, megatron, megatron_legacy, megatron_lm, open_clip
+from compt_megatron.checkpoint import (
+    deepspeed,
+    deepspeed_universal,
+    huggingface,
+    megatron,
+    megatron_legacy,
+    megatron_lm,
+    open_clip,
+)
 from compt_megatron.checkpoint.commit import is_partial
 from compt_megatron.checkpoint.contract import Exchange, Format, Layout, Reader, Task, Writer, dtype_name
 from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
@@ -19,7 +27,7 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # a new format is one module and one entry here
 FORMATS: dict[str, Format] = {
     module.FORMAT.name: module.FORMAT
-    for module in (megatron, megatron_lm, megatron_legacy, open_clip, huggingface, deepspeed)
+    for module in (megatron, megatron_lm, megatron_legacy, open_clip, huggingface, deepspeed, deepspeed_universal)
 }
 
 
@@ -38,7 +46,7 @@ def detect(path: str | Path) -> str:
         raise UserError(f"{path}: does not exist; {hint}")
     found = [name for name, entry in FORMATS.items() if entry.recognises(path)]
     if len(found) > 1:
-        raise UserError(f"{path}: holds two checkpoints ({' and '.join(found)}); move one of them to its own folder")
+        raise UserError(f"{path}: holds two checkpoints ({' and '.join(found)}); name the one, or move it elsewhere")
     if found:
         return found[0]
     if path.is_dir() and (path / MANIFEST).is_file():

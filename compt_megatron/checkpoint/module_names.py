@@ -75,16 +75,18 @@ def trainer_names(spec: ModelSpec) -> ModuleNames:
     return _transformers(spec) if spec.is_language_model else _open_clip(spec)
 
 
-def find_names(path: Path, spec: ModelSpec, stored: Mapping[str, tuple[int, ...]]) -> tuple[ModuleNames, list[str]]:
+def find_names(
+    path: Path, spec: ModelSpec, stored: Mapping[str, tuple[int, ...] | None]
+) -> tuple[ModuleNames, list[str]]:
     """The names under which a checkpoint at `path` holds the parameters of `spec`, and notes on what else it holds.
 
-    `stored`: the shape of everything in it by name (flattened ones are taken as well). Raises UserError if it holds
-    another model.
+    `stored`: the shape of everything in it by name (flattened ones are taken as well), or None where it need not be
+    checked. Raises UserError if it holds another model.
     """
     names = _best(path, spec, stored)
     for key, shape in names.shapes.items():
         found = stored[names.stored(key)]
-        if found != shape and found != (prod(shape),):
+        if found not in (None, shape, (prod(shape),)):
             raise UserError(
                 f"{path}: checkpoint of another model than '{spec.name}': '{names.stored(key)}' has shape {found}, the "
                 f"model needs {shape}; name the right model config with --from"

@@ -5,6 +5,7 @@ Only names and shapes of a module matter to a checkpoint, so `Named` has those o
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ LR = 1e-2
 class _Leaf(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows] -> the mean over the rows of a function of the parameters."""
-        scaled = (p[..., None] * x / len(x) for p in self._parameters.values())
-        return sum((value.square().sum() + value.sum() for value in scaled), x.sum() * 0)
+        scaled = (p[..., None] * x for p in self._parameters.values())
+        return sum(((value.square() + value).mean(-1).sum() for value in scaled), x.sum() * 0)
 
 
 class Named(_Leaf):
@@ -96,7 +97,7 @@ def train(engine: Any, steps: range, rank: int, world: int) -> list[float]:
     losses = []
     dtype = next(engine.module.parameters()).dtype
     for step in steps:
-        rows = torch.linspace(0.05, 0.2, 4)[rank::world] * (1 + step % 3)
+        rows = torch.linspace(0.05, 0.2, 6)[rank::world] * (1 + step % 3)
         loss = engine(rows.to(dtype))
         engine.backward(loss)
         engine.step()
@@ -106,7 +107,7 @@ def train(engine: Any, steps: range, rank: int, world: int) -> list[float]:
     return losses
 
 
-def live_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
+def live_state(engine: Any, moments: bool = True) -> dict[str, dict[str, torch.Tensor]]:
     """What the engine holds in memory, gathered: kind -> parameter -> whole tensor. Collective."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -118,7 +119,7 @@ def live_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
         for low, high in zip(wrapped.fp16_groups, wrapped.fp32_groups):
             masters.update({id(p): copy for p, copy in zip(low, high)})
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # DeepSpeed links the first group's states only
+    if moments and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # so far the first group's states only
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, p in engine.module.named_parameters():
@@ -128,25 +129,71 @@ def live_state(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
             continue
         if engine.zero_optimization_stage():
             state["master"][name] = safe_get_full_fp32_param(p).clone()
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in ("exp_avg", "exp_avg_sq") if moments else ():
                 state[kind][name] = safe_get_full_optimizer_state(p, kind).clone()
         else:
             owner = masters.get(id(p), p)
             state["master"][name] = owner.detach().clone()
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in ("exp_avg", "exp_avg_sq") if moments else ():
                 state[kind][name] = base.state[owner][kind].clone()
     return state
 
 
-def train_and_save(rank: int, world: int, folder: Path, cases: list[Case], steps: int) -> list[float]:
-    """Train every case for some steps and save it as FOLDER/NAME, its live state as FOLDER/NAME.live; last losses."""
-    losses = []
+def step_of(engine: Any) -> float:
+    """Optimizer steps taken, by the optimizer's own count."""
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    (count,) = {float(state["step"]) for state in base.state.values()}
+    return count
+
+
+def train_and_save(rank: int, world: int, folder: Path, cases: list[Case], steps: int, more: int) -> None:
+    """Train every case for some steps and save it as FOLDER/NAME, and its state in memory as FOLDER/NAME.live: that of
+    `live_state`, and `step`.
+
+    Cases whose name ends in _universal train on, so that .live has the `losses` of `more` steps after that, and are
+    converted by DeepSpeed's own tool, to FOLDER/NAME/universal.
+    """
     for case in cases:
         engine = engine_of(case)
-        losses.append(train(engine, range(steps), rank, world)[-1])
+        train(engine, range(steps), rank, world)
         engine.save_checkpoint(str(folder / case.name), tag=f"global_step{steps}", client_state={"epoch": 3})
-        live = live_state(engine)
+        live: dict[str, Any] = {**live_state(engine), "step": step_of(engine)}
+        if case.name.endswith("_universal"):
+            live["losses"] = train(engine, range(steps, steps + more), rank, world)
+        engine.destroy()
         if rank == 0:
             torch.save(live, folder / f"{case.name}.live")
+            if case.name.endswith("_universal"):
+                _make_universal(folder / case.name, f"global_step{steps}")
+
+
+def _make_universal(root: Path, tag: str) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    options |= {"input_folder": str(root / tag), "output_folder": str(root / "universal"), "inject_missing_state": True}
+    ds_to_universal.main(Namespace(**options))
+
+
+def load_and_train(
+    rank: int, world: int, jobs: list[tuple[Case, Path]], steps: range, weights_only: bool = False
+) -> list[dict[str, Any]]:
+    """Load a universal checkpoint into every case. Rank 0 returns what is in memory then (`live_state`) and, unless
+    `weights_only`, the optimizer's step and the losses of more steps. The parameter groups' settings must stay."""
+    found = []
+    for case, folder in jobs:
+        engine = engine_of(case, checkpoint={"load_universal": case.stage > 0})
+        before = [group["weight_decay"] for group in engine.optimizer.param_groups]
+        path, _ = engine.load_checkpoint(str(folder), load_module_only=weights_only)
+        assert path is not None
+        assert before == [group["weight_decay"] for group in engine.optimizer.param_groups]
+        live: dict[str, Any] = dict(live_state(engine, moments=not weights_only))
+        if not weights_only:
+            live |= {"step": step_of(engine), "global_steps": engine.global_steps}
+            if case.stage == 3:  # DeepSpeed gives all groups one and the same count, which each would advance
+                for state in engine.optimizer.optimizer.state.values():
+                    state["step"] = state["step"].clone()
+            live["losses"] = train(engine, steps, rank, world)
         engine.destroy()
-    return losses
+        found.append(live)
+    return found if rank == 0 else []
