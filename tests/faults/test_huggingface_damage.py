@@ -217,6 +217,10 @@ def with_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
 
 
+def _swap(left: dict[str, Any], right: dict[str, Any]) -> None:
+    left["shape"], right["shape"] = right["shape"], left["shape"]
+
+
 KEY = "model.norm.weight"
 HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "beyond the file": lambda head: head[KEY].update(data_offsets=[10**9, 10**9 + 96]),
@@ -226,6 +230,7 @@ HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "size is a truth": lambda head: head[KEY].update(shape=[True]),
     "backwards": lambda head: head[KEY].update(data_offsets=head[KEY]["data_offsets"][::-1]),
     "overlap": lambda head: head[KEY].update(data_offsets=head["lm_head.weight"]["data_offsets"][:1] * 2),
+    "shapes changed places": lambda head: _swap(head[KEY], head["lm_head.weight"]),
     "one offset": lambda head: head[KEY].update(data_offsets=[0]),
     "many dimensions": lambda head: head[KEY].update(shape=[1] * 10**5 + [24]),
     "unknown dtype": lambda head: head[KEY].update(dtype="F31"),

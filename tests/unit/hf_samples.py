@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from compt_megatron.spec.families import spec_from_config
-from compt_megatron.spec.huggingface_names import hf_place
 from compt_megatron.torchvision_mend import ensure_torchvision
 
 _SIZES = {
@@ -87,10 +86,9 @@ def logits(model: Any, length: int = 16) -> torch.Tensor:
 
 
 def canonical(model: Any, config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """`weight/<name>` of a model, q, k and v apart."""
-    spec, state = spec_from_config(config, "canonical"), model.state_dict()
-    values = {}
-    for name, param in spec.params.items():
-        place = hf_place(spec, name)
-        values[f"weight/{name}"] = state[place.key].narrow(-1, place.start, param.shape[-1]).clone()
-    return values
+    """`weight/<name>` of a model, GPT-2's q, k and v apart as its attention splits them."""
+    state = dict(model.state_dict())
+    for key in [key for key in state if ".c_attn." in key]:
+        for part, value in zip("qkv", state[key].split(config["n_embd"], dim=-1), strict=True):
+            state[key.replace("c_attn", f"{part}_proj")] = value
+    return {f"weight/{name}": state[name].clone() for name in spec_from_config(config, "canonical").params}
