@@ -88,7 +88,7 @@ class MegatronWriter(BoxWriter):
             self._files.write(0, key, offsets, tensor)
             return
         if place.transposed:
-            offsets, tensor = offsets[::-1], tensor.t()
+            offsets, tensor = offsets[::-1], tensor.contiguous().t().contiguous()  # torch's fast way to transpose
         if place.part in ("q", "k", "v"):
             self._put_part(key, place, rest, offsets, tensor)
         else:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from compt_megatron.checkpoint.commit import HashedFile
 from compt_megatron.checkpoint.contract import Region, TensorInfo, region_shape
 from compt_megatron.checkpoint.dcp_metadata import read_dcp_metadata
+from compt_megatron.checkpoint.open_files import OpenFiles
 from compt_megatron.checkpoint.saved_tensor import SavedTensor, locate, read_box
 from compt_megatron.errors import UserError
 
@@ -35,6 +36,12 @@ class _Chunk(NamedTuple):
     file: str
     start: int
     length: int
+
+
+def _inside(chunk: _Chunk, region: Region) -> Region:
+    """What a stored box and `region` share, counted from the box's own first element."""
+    common = _common(chunk, region)
+    return tuple(slice(low - at, high - at) for (low, high), at in zip(common, chunk.offsets, strict=True))
 
 
 class StoredObject(NamedTuple):
@@ -80,7 +87,7 @@ class TorchDistFolder:
         self.objects: dict[str, StoredObject] = {}
         self._chunks: dict[str, _Chunks] = {}
         self._located: dict[tuple[str, int], SavedTensor] = {}
-        self._descriptors: dict[str, int] = {}
+        self._files = OpenFiles(os.O_RDONLY)
         try:
             for key, value in content.state_dict_metadata.items():
                 if isinstance(value, TensorStorageMetadata):
@@ -112,11 +119,13 @@ class TorchDistFolder:
     def read(self, key: str, region: Region) -> torch.Tensor:
         """The values of a box of tensor `key`; raises UserError if a file is damaged or does not hold all of it."""
         info = self.tensors[key]
+        meeting = self._chunks[key].meeting(region)
+        if len(meeting) == 1 and _common(meeting[0], region) == [(part.start, part.stop) for part in region]:
+            return self._read_chunk(key, meeting[0], _inside(meeting[0], region))
         out = torch.empty(region_shape(region), dtype=info.dtype)
         found = 0
-        for chunk in self._chunks[key].meeting(region):
-            common = _common(chunk, region)
-            inside = tuple(slice(low - at, high - at) for (low, high), at in zip(common, chunk.offsets, strict=True))
+        for chunk in meeting:
+            common, inside = _common(chunk, region), _inside(chunk, region)
             target = tuple(slice(low - p.start, high - p.start) for (low, high), p in zip(common, region, strict=True))
             values = self._read_chunk(key, chunk, inside)
             out[target] = values
@@ -126,7 +135,7 @@ class TorchDistFolder:
         return out
 
     def _read_chunk(self, key: str, chunk: _Chunk, inside: Region) -> torch.Tensor:
-        descriptor = self._open(chunk.file)
+        descriptor = self._files.descriptor(self._checked(chunk.file))
         place = (chunk.file, chunk.start)
         try:
             if place not in self._located:
@@ -144,15 +153,8 @@ class TorchDistFolder:
             name, reason = self.path / chunk.file, " ".join(str(error).split()).partition(". ")[0]
             raise UserError(f"{name}: cannot read '{key}' ({reason}); restore it or use another checkpoint") from error
 
-    def _open(self, name: str) -> int:
-        if name not in self._descriptors:
-            self._descriptors[name] = os.open(self._checked(name), os.O_RDONLY)
-        return self._descriptors[name]
-
     def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._files.close()
 
 
 class ChunkFile:
