@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
 import torch
 import xxhash
 
@@ -29,3 +33,21 @@ def weight_hash(reader: Reader, pace: Pace | None = None) -> str:
             digest.update(values.numpy().data)
             done += values.nbytes
     return digest.hexdigest()
+
+
+@contextmanager
+def hash_beside(open_again: Callable[[], Reader], pace: Pace) -> Iterator[Future[str]]:
+    """Inside, the weights of the checkpoint that `open_again` opens are hashed by a thread beside the work."""
+
+    def work() -> str:
+        try:
+            return weight_hash(reader, pace)
+        finally:
+            reader.close()
+
+    reader = open_again()
+    with ThreadPoolExecutor(1, "hash") as thread:
+        try:
+            yield thread.submit(work)
+        finally:
+            pace.stop()

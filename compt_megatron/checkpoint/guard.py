@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from compt_megatron.checkpoint.pace import Pace
+from compt_megatron.checkpoint.pace import Pace, Stopped
 from compt_megatron.checkpoint.sums import PIECE, piece_sums, pieces, split_sums, whole_hash
 from compt_megatron.errors import UserError
 
@@ -32,7 +32,6 @@ class Checks:
         self._thread: Thread | None = None
         self._waiting: list[Callable[[], None]] = []
         self._error: BaseException | None = None
-        self._given_up = False
 
     def add(self, check: Callable[[], None]) -> None:
         """Let `check`, which raises UserError, be called beside the work."""
@@ -46,15 +45,14 @@ class Checks:
             self._thread.start()
 
     def _run(self) -> None:
-        for index, check in enumerate(self._waiting):
-            self.pace.wait_for(index / len(self._waiting))
-            if self._given_up:
-                return
-            try:
+        try:
+            for index, check in enumerate(self._waiting):
+                self.pace.wait_for(index / len(self._waiting))
                 check()
-            except BaseException as error:  # raised by `settle`, in the thread that must know
-                self._error = error
-                return
+        except Stopped:
+            pass
+        except BaseException as error:  # raised by `settle`, in the thread that must know
+            self._error = error
 
     def look(self) -> None:
         """Raise UserError if something was found damaged so far."""
@@ -70,8 +68,7 @@ class Checks:
 
     def close(self) -> None:
         """Give up what was not checked yet."""
-        self._given_up = True
-        self.pace.release()
+        self.pace.stop()
         if self._thread is not None:
             self._thread.join()
 

@@ -7,11 +7,16 @@ import threading
 _LEAD = 0.02  # of the whole that the others may be ahead
 
 
+class Stopped(Exception):
+    """The main work was given up."""
+
+
 class Pace:
     """How far the main work has come, from 0 to 1, and where the others wait for it."""
 
     def __init__(self) -> None:
         self._reached = 0.0
+        self._stopped = False
         self._moved = threading.Condition()
 
     def reach(self, fraction: float) -> None:
@@ -21,10 +26,18 @@ class Pace:
             self._moved.notify_all()
 
     def wait_for(self, fraction: float) -> None:
-        """Return when the main work is about to come to `fraction`."""
+        """Return when the main work is about to come to `fraction`. Raises Stopped if it was given up."""
         with self._moved:
-            self._moved.wait_for(lambda: self._reached + _LEAD >= fraction)
+            self._moved.wait_for(lambda: self._stopped or self._reached + _LEAD >= fraction)
+        if self._stopped:
+            raise Stopped
 
     def release(self) -> None:
         """Nobody needs to wait any more."""
         self.reach(1.0)
+
+    def stop(self) -> None:
+        """Give up the work beside, too. Harmless once that is done."""
+        with self._moved:
+            self._stopped = True
+            self._moved.notify_all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import torch
 
 from compt_megatron.checkpoint.api import keep_apart
 from compt_megatron.checkpoint.commit import SINGLE_FILES
-from compt_megatron.checkpoint.contract import Exchange, Reader, dtype_name, dtype_of
-from compt_megatron.checkpoint.digest import weight_hash
+from compt_megatron.checkpoint.contract import Exchange, Layout, Reader, dtype_name, dtype_of
+from compt_megatron.checkpoint.digest import hash_beside
 from compt_megatron.checkpoint.formats import FORMATS, detect, open_reader, open_writer
+from compt_megatron.checkpoint.guard import Checks, already_checked, deferred
+from compt_megatron.checkpoint.stream import identity, settle, unfinished
+from compt_megatron.checkpoint.workers import Place, Progress, together
 from compt_megatron.errors import UserError
 from compt_megatron.growth.certificate import Certificate, certify
 from compt_megatron.growth.execute import check_source, execute
@@ -52,59 +57,130 @@ def grow(
     allow_approximate: bool = False,
     noise: float = 0.0,
     moments: Moments = "fresh",
+    layout: Layout | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     trust_pickle: bool = False,
+    workers: int = 1,
     shard: tuple[int, int] = (0, 1),
     exchange: Exchange | None = None,
+    progress: Progress | None = None,
 ) -> Certificate | GrowthPlan:
     """Grow checkpoint `src` into model `to` and write it to `dst`; returns its certificate, or the plan on a dry run.
 
     `to`, `source_spec`: a model config (see `load_spec`) or a parameter table; the source's is needed only where the
     checkpoint does not record it. `operator`, `depth`, `axes`, `seed`, `allow_approximate`, `noise`, `moments`: see
-    `operators.plan`.
-    `format`, `dtype`: of the result (None: the source's own; the `megatron` format if that can only be read).
-    `shard` (index, number) and `exchange` (all-gathers an object): several workers that write one result together.
+    `operators.plan`. `format`, `dtype`: of the result (None: the source's own; the `megatron` format if that can only
+    be read). `layout`: the model-parallel ranks that the result's files are cut for. `workers`: new processes that
+    share the work; or `shard` (index, number) and `exchange` (all-gathers an object) where several processes call this
+    together. `progress` is told bytes written, and in all.
 
-    Raises UserError, with nothing written, if the source is damaged, growth cannot connect the models, or `dst` exists.
+    Memory: less than 512 MB a worker, whatever the size of the checkpoints. What a killed run of the same call left in
+    `DST.partial/` is continued. Raises UserError, with nothing written, if the source is damaged, growth cannot connect
+    the models, or `dst` exists.
     """
-    wanted = _dtype(dtype)
-    if not dry_run:
-        keep_apart(src, dst)
-    reader = open_reader(src, _spec(source_spec), trust_pickle)
-    try:
-        source, target = _source_model(reader), _target_model(to)
-        growth = plan(
-            source,
-            target,
-            operator,
-            depth=depth,
-            axes=axes,
-            seed=seed,
-            allow_approximate=allow_approximate,
-            noise=noise,
-            moments=moments,
-        )
-        growth = with_source_states(growth, reader.tensors())
-        check_source(growth, reader.tensors())
-        if dry_run:
-            return growth
-        digest = weight_hash(reader) if shard[0] == 0 else ""
-        if exchange is not None:
-            digest = exchange(digest)[0]
-        certificate = certify(growth, digest, str(src), dtype_name(wanted) if wanted else None)
-        form = format or default_format(src, dst, target)
-        writer = open_writer(dst, form, target, rank=shard[0], world=shard[1], exchange=exchange, overwrite=overwrite)
+    arguments: dict[str, Any] = {
+        "src": Path(src),
+        "dst": Path(dst),
+        "to": to,
+        "source_spec": source_spec,
+        "format": format,
+        "dtype": _dtype(dtype),
+        "layout": layout or Layout(),
+        "overwrite": overwrite,
+        "trust_pickle": trust_pickle,
+        "options": {
+            "operator": operator,
+            "depth": depth,
+            "axes": axes,
+            "seed": seed,
+            "allow_approximate": allow_approximate,
+            "noise": noise,
+            "moments": moments,
+        },
+    }
+    if dry_run:
+        return _planned(**arguments)
+    keep_apart(src, dst)
+    if workers > 1:
+        found: Certificate = together(_grow, workers, progress, **arguments)
+        return found
+    return _grow(Place(*shard, exchange, progress), **arguments)
+
+
+def _grow(
+    place: Place,
+    src: Path,
+    dst: Path,
+    to: str | Path | ModelSpec,
+    source_spec: str | Path | ModelSpec | None,
+    format: str | None,
+    dtype: torch.dtype | None,
+    layout: Layout,
+    overwrite: bool,
+    trust_pickle: bool,
+    options: dict[str, Any],
+) -> Certificate:
+    """One worker's part of `grow`."""
+    with deferred(*place.shard) as checks:
+        reader = open_reader(src, _spec(source_spec), trust_pickle)
         try:
-            execute(growth, reader, writer, shard=shard, dtype=wanted)
-            record = {"certificate": certificate.to_dict(), "lineage": lineage(reader, growth, digest)}
-            writer.commit(record | {"attachments": reader.metadata().get("attachments", {})})
-        except BaseException:
-            writer.abort()
-            raise
-        return certificate
+            growth = _plan(reader, to, options)
+            form = format or default_format(src, dst, growth.target)
+            writer = open_writer(
+                dst,
+                form,
+                growth.target,
+                rank=place.rank,
+                world=place.world,
+                exchange=place.exchange,
+                overwrite=overwrite,
+                layout=layout,
+                request=identity(place, src, "grow", form, dtype, layout, growth),
+            )
+            with unfinished(writer), _hash_of(src, reader, trust_pickle, checks, place) as source_hash:
+                execute(growth, reader, writer, dtype=dtype, place=place, checks=checks)
+                settle(writer, checks)
+                digest = source_hash()
+                certificate = certify(growth, digest, str(src), dtype_name(dtype) if dtype else None)
+                record = {"certificate": certificate.to_dict(), "lineage": lineage(reader, growth, digest)}
+                writer.commit(record | {"attachments": reader.metadata().get("attachments", {})})
+            return certificate
+        finally:
+            reader.close()
+
+
+@contextmanager
+def _hash_of(
+    src: Path, reader: Reader, trust_pickle: bool, checks: Checks, place: Place
+) -> Iterator[Callable[[], str]]:
+    """The hash of the source's weights: made by the first worker, beside its work; all workers ask for it together."""
+
+    def again() -> Reader:
+        with already_checked():
+            return open_reader(src, reader.spec, trust_pickle)
+
+    if place.rank:
+        yield lambda: str(place.exchange("")[0]) if place.exchange else ""
+        return
+    with hash_beside(again, checks.pace) as hashing:
+        yield lambda: str(place.exchange(hashing.result())[0]) if place.exchange else hashing.result()
+
+
+def _planned(src: Path, to: str | Path | ModelSpec, options: dict[str, Any], **arguments: Any) -> GrowthPlan:
+    """The plan alone."""
+    with already_checked():  # no tensor is read
+        reader = open_reader(src, _spec(arguments["source_spec"]), arguments["trust_pickle"])
+    try:
+        return _plan(reader, to, options)
     finally:
         reader.close()
+
+
+def _plan(reader: Reader, to: str | Path | ModelSpec, options: dict[str, Any]) -> GrowthPlan:
+    growth = with_source_states(plan(_source_model(reader), _target_model(to), **options), reader.tensors())
+    check_source(growth, reader.tensors())
+    return growth
 
 
 def default_format(src: str | Path, dst: str | Path, target: ModelSpec) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from compt_megatron.checkpoint.contract import TensorInfo, slabs
+from compt_megatron.checkpoint.contract import TensorInfo
 from compt_megatron.checkpoint.formats import open_writer
-from compt_megatron.growth.execute import SLAB_BYTES
+from compt_megatron.checkpoint.stream import stream, unfinished
+from compt_megatron.checkpoint.workers import Place
 from compt_megatron.spec.random import initial
 from compt_megatron.spec.table import ModelSpec
 
@@ -26,15 +27,10 @@ def write_fresh(
 
     The values depend on (seed, parameter name, index) alone. Raises UserError if `dst` exists or the disk is full.
     """
-    infos = {name: TensorInfo(param.shape, dtype) for name, param in spec.params.items()}
+    infos = {f"weight/{name}": TensorInfo(param.shape, dtype) for name, param in spec.params.items()}
+    params = {f"weight/{name}": param for name, param in spec.params.items()}
     writer = open_writer(dst, format, spec, overwrite=overwrite)
-    try:
-        writer.declare({f"weight/{name}": info for name, info in infos.items()})
-        for name, info in infos.items():
-            for region in slabs(info, SLAB_BYTES):
-                values = initial(spec.params[name], seed, region, dtype)
-                writer.write(f"weight/{name}", tuple(side.start for side in region), values)
+    with unfinished(writer):
+        writer.declare(infos)
+        stream(writer, infos, lambda name, region: initial(params[name], seed, region, dtype), Place())
         return writer.commit({"certificate": None, "lineage": [], "notes": [f"fresh weights, seed {seed}"]})
-    except BaseException:
-        writer.abort()
-        raise

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
+from math import prod
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compt_megatron.growth import execute as execution
-from compt_megatron.growth.execute import Maker, deal, tree_sum
+from compt_megatron.checkpoint import stream
+from compt_megatron.checkpoint.contract import Region, region_shape, slabs
+from compt_megatron.growth.execute import Maker, target_infos, tree_sum
 from compt_megatron.growth.operators import plan
 from compt_megatron.growth.plan import GrowthPlan, pair_signs
 from tests.unit.growth_helpers import (
@@ -78,15 +80,25 @@ def test_workers_and_slab_size_change_no_byte(name: str, monkeypatch: pytest.Mon
     made, tensors = case(name)
     expected = whole(name, torch.float32)
     for workers, slab in product((1, 2, 4), (1000, 1 << 25)):
-        monkeypatch.setattr(execution, "SLAB_BYTES", slab)
+        monkeypatch.setattr(stream, "SLAB", slab)
         found = carried_out(made, tensors, workers)
         assert all(torch.equal(found[key], expected[key]) for key in expected), (workers, slab)
 
 
 def test_work_is_dealt_evenly() -> None:
-    infos = execution.target_infos(case("exact")[0], {}, torch.float32)
-    loads = [sum(infos[name].nbytes for name in share) for share in deal(infos, 4)]
-    assert max(loads) < 1.3 * min(loads)
+    infos = target_infos(case("exact")[0], {}, torch.float32)
+    units = [[(name, region)] for name, info in infos.items() for region in slabs(info, 2000)]
+
+    def cost(name: str, region: Region) -> int:
+        return prod(region_shape(region))
+
+    shares = [stream.share(units, cost, (rank, 4)) for rank in range(4)]
+    assert [unit for mine in shares for unit in mine] == units
+    loads = [sum(cost(*box) for unit in mine for box in unit) for mine in shares]
+    assert max(loads) < 1.05 * min(loads)
+    ahead = sum(loads) / 4
+    first = [len(stream.share(units, cost, (0, 4), load)) for load in (0, ahead / 2, 2 * ahead)]
+    assert first[0] > first[1] > first[2] == 0
 
 
 def test_only_needed_rows_are_read() -> None:

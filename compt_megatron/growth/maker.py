@@ -1,0 +1,229 @@
+"""Makes slices of target tensors from slices of source tensors, with bytes that no layout and no slicing changes.
+
+Arithmetic is in fp64, in small blocks that stay in the processor's cache, and rounded to the stored dtype at the end.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from math import prod, sqrt
+
+import torch
+
+from compt_megatron.checkpoint.contract import Region, TensorInfo, region_shape, slabs, split_name, whole
+from compt_megatron.growth.means import sums, tree_sum
+from compt_megatron.growth.plan import (
+    Contrast,
+    Copy,
+    GrowthPlan,
+    Part,
+    Random,
+    Reduce,
+    TensorPlan,
+    pair_signs,
+)
+from compt_megatron.spec.random import initial
+
+Read = Callable[[str, Region], torch.Tensor]  # (source boundary name, region) -> CPU tensor of the stored dtype
+
+_BLOCK = 2**17  # elements that are computed at a time
+_KEPT = 8  # means that are remembered: neighbouring slabs share them
+
+
+class Maker:
+    """Makes any slice of any target tensor, by boundary names."""
+
+    def __init__(self, plan: GrowthPlan, read: Read) -> None:
+        self._plan, self._reader = plan, read
+        self._tensors = {f"{prefix}/{name}": tensor for prefix, name, tensor in plan.boundary()}
+        self._prefix = "weight"
+        self._means: OrderedDict[object, torch.Tensor] = OrderedDict()
+        self._contrasts: dict[tuple[str, Contrast], tuple[torch.Tensor, float]] = {}
+        self._scratch = torch.empty(2, _BLOCK, dtype=torch.float64)
+
+    def make(self, name: str, region: Region | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Box `region` (all, if None) of target tensor `name` in `dtype`."""
+        tensor, self._prefix = self._tensors[name], split_name(name)[0]
+        region = whole(tensor.shape) if region is None else region
+        met = list(meetings(tensor, region))
+        sources = _Sources(self._read, met)
+        part, inside, _ = met[0]
+        if len(met) == 1 and isinstance(part.piece, Copy) and _is_plain(part.piece):
+            return sources.read(part, inside).to(dtype)
+        out = torch.empty(region_shape(region), dtype=dtype)
+        for part, inside, into in met:
+            self._fill(out[into], tensor, part, inside, sources)
+        return out
+
+    def _read(self, source: str, region: Region) -> torch.Tensor:
+        return self._reader(f"{self._prefix}/{source}", region)
+
+    def _fill(self, out: torch.Tensor, tensor: TensorPlan, part: Part, inside: Region, sources: _Sources) -> None:
+        """Fill `out` with the values of the target region `inside`, which lies in the part's box."""
+        piece, param = part.piece, self._plan.target.params.get(tensor.name)
+        if isinstance(piece, Copy):
+            values = sources.read(part, inside)
+            if _is_plain(piece):
+                out.copy_(values)
+            elif piece.noise is None:
+                self._scale(out, values, piece.scale)
+            else:
+                assert param is not None
+                fresh = initial(param, self._plan.seed, source_region(part, piece.noise.start, inside))
+                self._scale(out, values, piece.scale, fresh, piece.noise.scale)
+        elif isinstance(piece, Reduce):
+            self._reduce(out, part, piece, inside)
+        elif isinstance(piece, Random):
+            assert param is not None
+            fresh = initial(param, self._plan.seed, inside)
+            if piece.scale == 1.0:
+                out.copy_(fresh)
+            else:
+                self._scale(out, fresh, piece.scale)
+        elif piece.contrast is None:
+            out.fill_(piece.value)
+        else:
+            out.copy_(piece.value / (self._contrast(piece.contrast)[1] * _signs(part, 0, inside)))
+
+    def _scale(
+        self,
+        out: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        noise: torch.Tensor | None = None,
+        noise_scale: float = 0.0,
+    ) -> None:
+        """out = scale * values + noise_scale * noise."""
+        for block in _blocks(out.shape):
+            part = values[block]
+            wide = self._scratch[0, : part.numel()].view(part.shape)
+            wide.copy_(part)
+            if scale != 1.0:
+                wide.mul_(scale)
+            if noise is not None:
+                more = self._scratch[1, : part.numel()].view(part.shape)
+                wide.add_(more.copy_(noise[block]).mul_(noise_scale))
+            out[block].copy_(wide)
+
+    def _reduce(self, out: torch.Tensor, part: Part, piece: Reduce, inside: Region) -> None:
+        region = list(source_region(part, piece.start, inside))
+        region[piece.dim] = slice(0, piece.size)
+        if piece.across is not None:
+            region[piece.across[0]] = slice(0, piece.across[1])
+        mean, contrast = self._mean(piece, tuple(region))
+        if piece.contrast is None:
+            out.copy_(piece.scale * mean)
+            return
+        shape = [1] * len(region)
+        shape[piece.dim] = -1
+        signs = _signs(part, piece.dim, inside).reshape(shape)
+        contrast = self._contrast(piece.contrast)[1] * contrast
+        mean, contrast, signs = (each.expand(out.shape) for each in (mean, contrast, signs))
+        for block in _blocks(out.shape):
+            out[block].copy_(piece.scale * (mean[block] + signs[block] * contrast[block]))
+
+    def _mean(self, piece: Reduce, region: Region) -> torch.Tensor:
+        """[2, ...]: mean and contrast of a source region along `piece.dim` (of size 1 here), in fp64."""
+        key = (self._prefix, piece, tuple((side.start, side.stop) for side in region))
+        if key not in self._means:
+            weights = torch.zeros(piece.size, dtype=torch.float64)
+            if piece.contrast is not None:
+                weights = self._contrast(piece.contrast)[0] / piece.size
+            found = sums(lambda box: self._read(piece.source, box), region, piece.dim, weights)
+            found[0] /= piece.size
+            if piece.across is not None:
+                dim, size = piece.across
+                found = tree_sum(found, 1 + dim) / size
+            self._means[key] = found
+            if len(self._means) > _KEPT:
+                self._means.popitem(last=False)
+        return self._means[key]
+
+    def _contrast(self, contrast: Contrast) -> tuple[torch.Tensor, float]:
+        """gamma - mean(gamma), and kappa, in fp64."""
+        key = (self._prefix, contrast)
+        if key not in self._contrasts:
+            gamma = self._read(contrast.gamma, (slice(0, contrast.size),)).double()
+            deviations = gamma - tree_sum(gamma, 0) / contrast.size
+            std = sqrt(tree_sum(deviations.square(), 0).item() / contrast.size)
+            kappa = min(contrast.ceiling, contrast.ratio / std) if std > 0 else contrast.ceiling
+            self._contrasts[key] = deviations, kappa
+        return self._contrasts[key]
+
+
+# a part, and where it meets a region of the target: in the target's coordinates, and in the region's own
+Meeting = tuple[Part, Region, Region]
+
+
+class _Sources:
+    """Reads what the copies of one slab need. Where they tile one box of a source, that box is read once."""
+
+    def __init__(self, read: Read, met: list[Meeting]) -> None:
+        self._read = read
+        needs: dict[str, list[Region]] = {}
+        for part, inside, _ in met:
+            if isinstance(part.piece, Copy):
+                needs.setdefault(part.piece.source, []).append(source_region(part, part.piece.start, inside))
+        self._boxes = {name: _hull(regions) for name, regions in needs.items() if len(regions) > 1}
+        self._boxes = {name: box for name, box in self._boxes.items() if _size(box) <= sum(map(_size, needs[name]))}
+        self._values: dict[str, torch.Tensor] = {}
+
+    def read(self, part: Part, inside: Region) -> torch.Tensor:
+        piece = part.piece
+        assert isinstance(piece, Copy)
+        region = source_region(part, piece.start, inside)
+        box = self._boxes.get(piece.source)
+        if box is None:
+            return self._read(piece.source, region)
+        if piece.source not in self._values:
+            self._values[piece.source] = self._read(piece.source, box)
+        return self._values[piece.source][
+            tuple(slice(own.start - all_.start, own.stop - all_.start) for own, all_ in zip(region, box, strict=True))
+        ]
+
+
+def _is_plain(piece: Copy) -> bool:
+    return piece.scale == 1.0 and piece.noise is None
+
+
+def _hull(regions: list[Region]) -> Region:
+    return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*regions, strict=True))
+
+
+def _size(region: Region) -> int:
+    return prod(region_shape(region))
+
+
+def _blocks(shape: torch.Size) -> Iterator[Region]:
+    """Boxes of at most _BLOCK elements that tile a shape."""
+    return slabs(TensorInfo(tuple(shape), torch.uint8), _BLOCK)
+
+
+def meetings(tensor: TensorPlan, region: Region) -> Iterator[Meeting]:
+    """The parts of a target tensor that meet a region of it."""
+    for part in tensor.parts:
+        bounds = [
+            (max(low, side.start), min(high, side.stop)) for (low, high), side in zip(part.box, region, strict=True)
+        ]
+        if all(low < high for low, high in bounds):
+            inside = tuple(slice(low, high) for low, high in bounds)
+            into = tuple(
+                slice(low - side.start, high - side.start) for (low, high), side in zip(bounds, region, strict=True)
+            )
+            yield part, inside, into
+
+
+def source_region(part: Part, start: tuple[int, ...], inside: Region) -> Region:
+    """Where the target region `inside` of a part lies in the source tensor, the part's box beginning at `start`."""
+    return tuple(
+        slice(first + side.start - low, first + side.stop - low)
+        for first, side, (low, _) in zip(start, inside, part.box, strict=True)
+    )
+
+
+def _signs(part: Part, dim: int, inside: Region) -> torch.Tensor:
+    """The pair signs of the rows `inside`, along `dim` of the part's box."""
+    low, high = part.box[dim]
+    signs = pair_signs(high - low)[inside[dim].start - low : inside[dim].stop - low]
+    return torch.tensor(signs, dtype=torch.float64)
