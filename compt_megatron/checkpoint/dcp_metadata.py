@@ -1,33 +1,84 @@
-"""The `.metadata` file of torch.distributed.checkpoint, read without running what a pickle may ask for."""
+"""The `.metadata` file of torch.distributed.checkpoint, read without running what a pickle may ask for.
+
+Reading makes plain records of our own in the place of torch's classes: importing those takes as long as torch itself.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 import pathlib
 import pickle
+import sys
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
 
 from compt_megatron.errors import UserError
 
+_TORCH = "torch.distributed.checkpoint."  # the package of the classes that the file names
+
+
+class _Record:
+    """An object of one of torch's data classes: its attributes, whichever that version has."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+
+
+class Metadata(_Record):
+    """The whole file."""
+
+    state_dict_metadata: dict[str, Any]
+    storage_data: dict[Any, Any]
+
+
+class TensorStorage(_Record):
+    """A tensor: its properties, size, and stored boxes (`chunks`)."""
+
+    properties: Properties
+    size: torch.Size
+    chunks: list[Any]
+
+
+class Properties(_Record):
+    """A tensor's dtype, and what else torch remembers of it."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = state[0] if isinstance(state, tuple) else state["dtype"]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Names a stored box by its tensor and its offset, or an object."""
+
+    fqn: str
+    offset: torch.Size | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"fqn": state["fqn"], "offset": state.get("offset")})
+
+
+def _memory_format(value: Any) -> Any:
+    return value
+
+
 _CLASSES: dict[tuple[str, str], Any] = {
+    (f"{_TORCH}metadata", "Metadata"): Metadata,
+    (f"{_TORCH}metadata", "TensorStorageMetadata"): TensorStorage,
+    (f"{_TORCH}metadata", "TensorProperties"): Properties,
+    (f"{_TORCH}metadata", "MetadataIndex"): Index,
+    (f"{_TORCH}metadata", "_MEM_FORMAT_ENCODING"): _memory_format,
     **{
-        ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
+        (f"{_TORCH}metadata", name): _Record for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "StorageMeta")
     },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    (f"{_TORCH}filesystem", "_StorageInfo"): _Record,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): OrderedDict,
@@ -36,7 +87,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-_UNUSED = ("megatron.core.", "torch.distributed.checkpoint.")
+_UNUSED = ("megatron.core.", _TORCH)
 
 
 class _Inert:
@@ -66,7 +117,7 @@ class _Unpickler(pickle.Unpickler):
         raise PermissionError(f"{module}.{name}")
 
 
-def read_dcp_metadata(path: Path, trust_pickle: bool) -> metadata.Metadata:
+def read_dcp_metadata(path: Path, trust_pickle: bool) -> Metadata:
     """Unpickle a `.metadata` file; only plain data classes are made unless `trust_pickle`.
 
     Raises UserError if it is damaged or asks for anything else.
@@ -80,9 +131,17 @@ def read_dcp_metadata(path: Path, trust_pickle: bool) -> metadata.Metadata:
         ) from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path}: damaged ({error}); restore it or use another checkpoint") from error
-    if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
+    if not isinstance(found, Metadata) or not isinstance(getattr(found, "storage_data", None), dict):
         raise UserError(f"{path}: is not the metadata of a torch.distributed.checkpoint folder; use another checkpoint")
     return found
+
+
+def import_beside() -> None:
+    """Begin to import what `dcp_metadata_bytes` needs, in a thread: who will call it has other things to do first."""
+    if f"{_TORCH}filesystem" not in sys.modules:
+        thread = Thread(target=importlib.import_module, args=(f"{_TORCH}filesystem",), daemon=True)
+        thread.start()
+        os.register_at_fork(before=thread.join)  # a module that is half imported would stay so in the child
 
 
 def dcp_metadata_bytes(
@@ -95,6 +154,8 @@ def dcp_metadata_bytes(
     `tensors`: key -> (global shape, dtype); `chunks`: (key, offsets, sizes, file, byte offset, byte length) of each
     stored box; `blobs`: (key, file, byte offset, byte length) of each stored object.
     """
+    from torch.distributed.checkpoint import filesystem, metadata
+
     state: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     for key, (shape, dtype) in tensors.items():

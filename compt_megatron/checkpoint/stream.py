@@ -45,19 +45,31 @@ def stream(
     done, total = 0, sum(nbytes(name, region) for unit in mine for name, region in unit)
     if checks is not None:
         checks.begin()
-    for unit in mine:
-        for name, region in unit:
-            offsets = tuple(side.start for side in region)
-            if (name, (offsets, region_shape(region))) not in kept:
-                writer.write(name, offsets, make(name, region))
-            done += nbytes(name, region)
-        if isinstance(writer, BoxWriter):
-            writer.keep()
-        if place.progress is not None:
-            place.progress(done, total)
-        if checks is not None:
-            checks.pace.reach(done / total)
-            checks.look()
+    with _one_thread():
+        for unit in mine:
+            for name, region in unit:
+                offsets = tuple(side.start for side in region)
+                if (name, (offsets, region_shape(region))) not in kept:
+                    writer.write(name, offsets, make(name, region))
+                done += nbytes(name, region)
+            if isinstance(writer, BoxWriter):
+                writer.keep()
+            if place.progress is not None:
+                place.progress(done, total)
+            if checks is not None:
+                checks.pace.reach(done / total)
+                checks.look()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch without threads of its own: the other processors write and hash meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def settle(writer: Writer, checks: Checks) -> None:

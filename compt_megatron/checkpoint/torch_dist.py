@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from compt_megatron.checkpoint.commit import HashedFile
 from compt_megatron.checkpoint.contract import Region, TensorInfo, region_shape
-from compt_megatron.checkpoint.dcp_metadata import read_dcp_metadata
+from compt_megatron.checkpoint.dcp_metadata import Index, TensorStorage, read_dcp_metadata
 from compt_megatron.checkpoint.open_files import OpenFiles
 from compt_megatron.checkpoint.saved_tensor import SavedTensor, locate, read_box
 from compt_megatron.errors import UserError
@@ -90,18 +89,18 @@ class TorchDistFolder:
         self._files = OpenFiles(os.O_RDONLY)
         try:
             for key, value in content.state_dict_metadata.items():
-                if isinstance(value, TensorStorageMetadata):
+                if isinstance(value, TensorStorage):
                     self.tensors[key] = TensorInfo(tuple(value.size), value.properties.dtype)
                     chunks = [self._chunk(key, chunk, content.storage_data) for chunk in value.chunks]
                     self._chunks[key] = _Chunks(chunks)
                 else:
-                    info = self._stored(key, content.storage_data.get(MetadataIndex(key)))
+                    info = self._stored(key, content.storage_data.get(Index(key)))
                     self.objects[key] = StoredObject(info.relative_path, info.offset, info.length)
         except (AttributeError, TypeError, ValueError, IndexError) as error:  # a pickle of other objects than ours
             raise UserError(f"{path / METADATA}: damaged ({error}); restore it or use another checkpoint") from error
 
     def _chunk(self, key: str, chunk: Any, storage: dict[Any, Any]) -> _Chunk:
-        info = self._stored(key, storage.get(MetadataIndex(key, chunk.offsets)))
+        info = self._stored(key, storage.get(Index(key, chunk.offsets)))
         return _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
 
     def _stored(self, key: str, info: Any) -> Any:

@@ -234,11 +234,11 @@ def _as_version_0_19(folder: Path) -> None:
     files = ChunkFiles(folder, 9)
     files.write_object(0, "common_state/shard_0_1", [common])
     files.finish()
-    found = read_dcp_metadata(folder / ".metadata", False)
+    found = pickle.loads((folder / ".metadata").read_bytes())
     added = pickle.loads(dcp_metadata_bytes({}, [], files.blobs))
     found.state_dict_metadata.update(added.state_dict_metadata)
     found.storage_data.update(added.storage_data)
-    found.planner_data = found.all_local_plans = None  # inert objects here
+    found.planner_data = found.all_local_plans = None
     (folder / ".metadata").write_bytes(pickle.dumps(found))
     (folder / "common.pt").unlink()
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
