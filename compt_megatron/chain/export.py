@@ -17,26 +17,30 @@ EXPORTS = ("open_clip", "hf")
 def export(
     src: str | Path,
     dst: str | Path,
-    format: str = "open_clip",
+    format: str | None = None,
     *,
     spec: ModelSpec | None = None,
     overwrite: bool = False,
+    trust_pickle: bool = False,
 ) -> list[str]:
     """Write checkpoint `src` as `dst` for open_clip or transformers: a folder (weights, config, tokenizer) or one file.
 
-    The tokenizer is the vocabulary that an open_clip config names, or the files that lie beside a Hugging Face source.
+    `format`: "open_clip" or "hf" (None: hf for a language model, open_clip for any other). The tokenizer is the vocabulary that an open_clip config names, or the files that lie beside a Hugging Face source.
     Returns a line for each thing that was left out (optimizer state). Raises UserError for another format, and for a
     model that the format does not have.
     """
-    if format not in EXPORTS:
+    if format not in (None, *EXPORTS):
         raise UserError(f"--format {format}: cannot export to it; choose one of {', '.join(EXPORTS)}")
-    reader = open_reader(src, spec)
+    reader = open_reader(src, spec, trust_pickle)
     try:
         known = reader.spec
     finally:
         reader.close()
     assert known is not None, "a reader knows its model or refuses to open"
+    format = format or ("hf" if known.is_language_model else "open_clip")
     dst = Path(dst)
     plain = known.is_language_model or dst.suffix in SINGLE_FILES
     config, files = (known.config, {}) if plain else export_tokenizer(known.config, dst)
-    return convert(src, dst, format, spec=spec, overwrite=overwrite, config=config, attachments=files)
+    return convert(
+        src, dst, format, spec=spec, overwrite=overwrite, trust_pickle=trust_pickle, config=config, attachments=files
+    )

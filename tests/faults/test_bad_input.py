@@ -96,7 +96,7 @@ RECIPES: list[tuple[str, Any, str]] = [
     ("data.batch_size", True, "not true"),
     ("data.batch_size", 0, "data.batch_size: needs an integer >= 1, not 0"),
     ("data.batch_size", ..., "data.batch_size: is missing"),
-    ("data.captions", 0, "data.captions: needs an integer >= 1, not 0"),
+    ("data.captions", 0, "data.captions: needs an integer >= 1 and <= 1024, not 0"),
     ("data.caption_key", "cap", "data.caption_key: needs one of txt, json or null"),
     ("data.train", [], "data.train: names no source"),
     ("data.train", "", "names no source"),
