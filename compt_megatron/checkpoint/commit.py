@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,24 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_files(paths: Iterable[Path]) -> None:
+    """Make many files durable: all are sent to the disk before the first is waited for."""
+    paths = list(paths)
+    for act in (_send, os.fsync):
+        for path in paths:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                with no_room(path):
+                    act(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _send(descriptor: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def replace_file(path: Path, content: bytes) -> None:

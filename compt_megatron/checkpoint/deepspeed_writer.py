@@ -16,18 +16,22 @@ Read in DeepSpeed 0.19.8: checkpoint/ds_to_universal.py, checkpoint/universal_ch
 
 from __future__ import annotations
 
+import io
+import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from compt_megatron.checkpoint.commit import SINGLE_FILES, fsync_folder
-from compt_megatron.checkpoint.contract import Task, TensorInfo, split_name
+from compt_megatron.checkpoint.commit import SINGLE_FILES, fsync_files, fsync_folder
+from compt_megatron.checkpoint.contract import Region, Task, TensorInfo, split_name
 from compt_megatron.checkpoint.deepspeed_files import LATEST, LATEST_UNIVERSAL, UNIVERSAL
 from compt_megatron.checkpoint.filled_archive import ArchiveLayout, FilledArchive, Hole, Progress
+from compt_megatron.checkpoint.journal import Entry
 from compt_megatron.checkpoint.module_names import ModulePlace, projection_key, trainer_names
-from compt_megatron.checkpoint.out_file import HashedFile
+from compt_megatron.checkpoint.out_file import HashedFile, no_room
+from compt_megatron.checkpoint.sums import file_hash
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.spec.megatron_names import Rows
@@ -75,6 +79,7 @@ class DeepSpeedWriter(BoxWriter):
         self._archives: dict[str, FilledArchive] = {}  # by the name of the file in the inner folder
         self._open: OrderedDict[str, FilledArchive] = OrderedDict()
         self._steps: dict[str, float] = {}
+        self._unsynced: set[str] = set()  # files that were written to since they were last made durable
         self._known: list[dict[str, Progress]] = []  # what each rank knows of the files, once all have written
 
     # -- what goes where ---------------------------------------------------------------------------------------------
@@ -136,6 +141,7 @@ class DeepSpeedWriter(BoxWriter):
             return
         target = self._targets[name]
         archive = self._opened(target.file)
+        self._unsynced.add(target.file)
         values = tensor.to(archive.layout.tensors[target.key].dtype)
         if not offsets:
             archive.write(target.key, (0,), values.reshape(1))
@@ -152,6 +158,37 @@ class DeepSpeedWriter(BoxWriter):
             self._open.popitem(last=False)[1].close()
         return archive
 
+    # -- continuing after a kill ---------------------------------------------------------------------------------------
+
+    def _position(self, name: str) -> tuple[Any, ...]:
+        if name.startswith("step/"):
+            return ()
+        target = self._targets[name]
+        return (target.file, self._archives[target.file].layout.start(target.key), target.place.rows.first)
+
+    def _sync(self) -> dict[str, float]:
+        for file in sorted(self._unsynced):
+            self._opened(file).sync()
+        self._unsynced.clear()
+        return dict(self._steps)
+
+    def _restore(self, entry: Entry) -> bool:
+        boxes = [box for box in entry.boxes if not box.name.startswith("step/")]
+        if not super()._restore(Entry(boxes, None)):
+            return False
+        self._steps |= entry.state
+        return True
+
+    def _read_back(self, name: str, region: Region) -> torch.Tensor | None:
+        target, info = self._targets[name], self.declared[name]
+        archive = self._opened(target.file)
+        try:
+            if not region:
+                return archive.read_back(target.key, (slice(0, 1),))[0].to(info.dtype)
+            return target.place.read(region, info.dtype, lambda stored: archive.read_back(target.key, stored))
+        except OSError:
+            return None
+
     # -- finishing ---------------------------------------------------------------------------------------------------
 
     def _finish_rank(self) -> tuple[list[FileRow], Any]:
@@ -160,7 +197,9 @@ class DeepSpeedWriter(BoxWriter):
         self._known = self.party.share(self._close_archives)
         files = sorted(self._archives.keys() - {MODEL_FILE})[self.party.rank :: self.party.world]
         content = {PARAM: Hole(PARAM), "cat_dim": 0}
-        return [], (self._steps, [(file, *self._seal(file, content)) for file in files])
+        rows = [(file, *self._seal(file, content)) for file in files]
+        fsync_files(self._inner / file for file in files)
+        return [], (self._steps, rows)
 
     def _close_archives(self) -> dict[str, Progress]:
         while self._open:
@@ -172,7 +211,7 @@ class DeepSpeedWriter(BoxWriter):
 
     def _finish_folder(self, parts: list[Any], metadata: dict[str, Any]) -> list[FileRow]:
         steps = {name: step for found, _ in parts for name, step in found.items()}
-        rows = [row for _, found in parts for row in found]
+        rows: list[FileRow] = []
         train = metadata.get("train") or {}
         count = self._step(steps, train)
         step = int(train.get("step") or count or 0)
@@ -186,10 +225,13 @@ class DeepSpeedWriter(BoxWriter):
             rows.append((MODEL_FILE, *self._seal(MODEL_FILE, {"module": module, **state})))
         else:
             rows.append(self._save(MODEL_FILE, {"module": OrderedDict(), **state}))
+        fsync_files(self._inner / file for file, _, _ in rows)
         for folder in [*(self._inner / UNIVERSAL).iterdir(), self._inner / UNIVERSAL, self._inner]:
             if folder.is_dir():
                 fsync_folder(folder)
+        rows += [row for _, found in parts for row in found]
         tag = f"{_FOLDER}{step}"
+        shutil.rmtree(self._inner.with_name(tag), ignore_errors=True)  # of a run that was killed right after this
         self._inner.rename(self._inner.with_name(tag))
         return [*((f"{tag}/{file}", digest, size) for file, digest, size in rows), *self._point_at(tag)]
 
@@ -223,9 +265,12 @@ class DeepSpeedWriter(BoxWriter):
         return rows
 
     def _save(self, name: str, content: Any) -> FileRow:
-        file = HashedFile(self._inner / name)
-        torch.save(content, file)  # type: ignore[arg-type]  # it needs no more of a stream than write and flush
-        return (name, *file.finish()[1:])
+        """A small file; it still has to be made durable."""
+        path, saved = self._inner / name, io.BytesIO()
+        torch.save(content, saved)
+        with no_room(path):
+            path.write_bytes(saved.getvalue())
+        return name, file_hash(path), path.stat().st_size
 
     def _point_at(self, tag: str) -> list[FileRow]:
         rows = []

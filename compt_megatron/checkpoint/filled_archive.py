@@ -14,15 +14,16 @@ import os
 import pickle
 import struct
 import zlib
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from compt_megatron.checkpoint.contract import TensorInfo
+from compt_megatron.checkpoint.contract import Region, TensorInfo
 from compt_megatron.checkpoint.out_file import OutFile
-from compt_megatron.checkpoint.saved_tensor import STORAGES, strides
+from compt_megatron.checkpoint.saved_tensor import STORAGES, read_strided, strides
 from compt_megatron.checkpoint.sums import Sums, joined
 
 _TOP = "archive/"  # torch takes any name of the folder inside the zip
@@ -36,6 +37,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
 _END = struct.Struct("<4s4H2LH")
 _BLOCK = 4 * 2**20  # bytes read back at a time
+_SPOILT = -1  # where a CRC cannot be told from the order in which the bytes came
 _STORAGE_TYPES = {dtype: getattr(torch, name) for name, dtype in STORAGES.items()}
 
 
@@ -178,37 +180,43 @@ class FilledArchive:
         """Store a box of tensor `key`."""
         info = self.layout.tensors[key]
         assert box.dtype == info.dtype, f"{self.path}: {box.dtype} written, {info.dtype} laid out"
-        self._write_box(key, 0, info.shape, offsets, box.cpu().contiguous())
-
-    def _write_box(
-        self, key: str, at: int, shape: tuple[int, ...], offsets: tuple[int, ...], box: torch.Tensor
-    ) -> None:
-        """Store a box of the part of tensor `key` that has this shape and begins at byte `at` of the tensor."""
-        if not shape or tuple(box.shape[1:]) == shape[1:]:
-            at += offsets[0] * prod(shape[1:]) * box.dtype.itemsize if shape else 0
-            self._put(key, at, box.reshape(-1).view(torch.uint8).numpy().data)
-            return
-        step = prod(shape[1:]) * box.dtype.itemsize
-        for index in range(box.shape[0]):
-            self._write_box(key, at + (offsets[0] + index) * step, shape[1:], offsets[1:], box[index])
-
-    def _put(self, key: str, at: int, data: memoryview) -> None:
         out = self._opened()
+        for at, data in _runs(info.shape, offsets, box.cpu().contiguous()):
+            self._take(key, at, data, out.put)
+
+    def read_back(self, key: str, region: Region) -> torch.Tensor:
+        """A box of tensor `key` as an earlier run left it in the file, taken up as if it were written now.
+
+        Raises OSError if the file does not hold it.
+        """
+        info, out = self.layout.tensors[key], self._opened()
+        values = read_strided(out.descriptor, self.layout.start(key), info.shape, info.dtype, region)
+        for at, data in _runs(info.shape, tuple(part.start for part in region), values):
+            self._take(key, at, data, lambda start, there: self._sums.update(start, memoryview(there)))
+        return values
+
+    def _take(self, key: str, at: int, data: memoryview, put: Callable[[int, Any], None]) -> None:
+        """Put bytes of tensor `key`, from its byte `at` on, and what then is known to belong around them."""
         if at == 0:
-            out.put(*self.layout.before(key))
-        out.put(self.layout.start(key) + at, data)
+            put(*self.layout.before(key))
+        put(self.layout.start(key) + at, data)
         crc, done = self._crcs.get(key, (0, 0))
-        if at != done:
-            return  # it will have to be read again
+        if at != done:  # it will have to be read again, if only because a byte came twice
+            self._crcs[key] = (0, _SPOILT) if at < done else (crc, done)
+            return
         self._crcs[key] = crc, done = zlib.crc32(data, crc), done + len(data)
         if done == self.layout.tensors[key].nbytes:
-            out.put(*self.layout.after(key, crc))
+            put(*self.layout.after(key, crc))
 
     def _opened(self) -> OutFile:
         if self._out is None:
             self._out = OutFile(self.path)
             self._out.sums = self._sums
         return self._out
+
+    def sync(self) -> None:
+        """Make durable what was written."""
+        self._opened().sync()
 
     def close(self) -> None:
         """Let go of the file; the next `write` opens it again."""
@@ -229,7 +237,7 @@ class FilledArchive:
         return Progress(dict(self._sums.done), whole)
 
     def seal(self, known: list[Progress], content: Any) -> tuple[str, int]:
-        """After all ranks have written and closed: add the rest of the file, make it durable.
+        """After all ranks have written and closed: add the rest of the file, which still has to be made durable.
 
         `content` has a `Hole` for every tensor. Returns the file's checksum and its size in bytes.
         """
@@ -241,11 +249,24 @@ class FilledArchive:
                 out.put(*self.layout.after(key, crcs[key]))
         at, tail = self.layout.tail(content, crcs)
         out.put(at, tail)
-        out.sync()
         size = at + len(tail)
+        out.drain()
+        os.ftruncate(out.descriptor, size)  # an earlier run may have left a longer one
         sums = {piece: text for progress in known for piece, text in progress.sums.items()} | self._sums.found(size)
         self.abandon()
         return joined(self.path, size, sums), size
+
+
+def _runs(shape: tuple[int, ...], offsets: tuple[int, ...], box: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
+    """The runs of bytes that a box is in a tensor of `shape`, and at which byte of the tensor each begins."""
+    if not shape or tuple(box.shape[1:]) == shape[1:]:
+        at = offsets[0] * prod(shape[1:]) * box.dtype.itemsize if shape else 0
+        yield at, box.reshape(-1).view(torch.uint8).numpy().data
+        return
+    step = prod(shape[1:]) * box.dtype.itemsize
+    for index in range(box.shape[0]):
+        for at, data in _runs(shape[1:], offsets[1:], box[index]):
+            yield (offsets[0] + index) * step + at, data
 
 
 def _crc_of(descriptor: int, start: int, size: int) -> int:

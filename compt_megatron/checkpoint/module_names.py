@@ -50,8 +50,11 @@ class ModulePlace:
 
     def read(self, region: Region, dtype: torch.dtype, read: Callable[[Region], torch.Tensor]) -> torch.Tensor:
         """A region of the parameter; `read` gives boxes of the module's tensor."""
+        boxes = list(self.boxes(region))
+        if len(boxes) == 1 and not self.transposed:
+            return read(boxes[0][0]).to(dtype)
         out = torch.empty(region_shape(region[::-1] if self.transposed else region), dtype=dtype)
-        for stored, inside in self.boxes(region):
+        for stored, inside in boxes:
             out[inside] = read(stored)
         return out.t().contiguous() if self.transposed else out
 

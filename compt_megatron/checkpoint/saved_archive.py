@@ -91,6 +91,7 @@ class _Unpickler(pickle.Unpickler):
         self._places, self._trust, self._inert = places, trust, inert
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # torch pickles for Python 2 too
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _described
         if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
