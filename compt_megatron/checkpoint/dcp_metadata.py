@@ -87,7 +87,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-_UNUSED = ("megatron.core.", _TORCH)
+_UNUSED = ("megatron.core.", "torch.distributed.checkpoint.", "nvidia_resiliency_ext.")
 
 
 class _Inert:

@@ -6,13 +6,13 @@ None of it is needed to read weights. It is compared with the model config, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compt_megatron.checkpoint.contract import TensorInfo
+from compt_megatron.checkpoint.contract import TensorInfo, whole
 from compt_megatron.checkpoint.megatron_args import check_args
 from compt_megatron.checkpoint.open_files import OpenFiles
 from compt_megatron.checkpoint.saved_archive import Inert, SavedArchive, StoredTensor
@@ -30,14 +30,15 @@ _BUCKETS = "optimizer.distributed."  # the distributed optimizer's own flat buff
 class Common:
     """The state that all ranks of a Megatron job share: `args` by name, `iteration`, `step` of the optimizer."""
 
-    def __init__(self, content: Any) -> None:
+    def __init__(self, content: Any, number: Callable[[StoredTensor], float] | None = None) -> None:
+        """`content`: what was saved; `number` reads a tensor of one element (None: steps are not looked for)."""
         content = content if isinstance(content, dict) else {}
         args = content.get("args")
         found = args.state if isinstance(args, Inert) else args
         self.args: dict[str, Any] = found if isinstance(found, dict) else {}
         iteration = content.get("iteration")
         self.iteration = iteration if isinstance(iteration, int) else 0
-        steps = set(_steps(content.get("optimizer")))
+        steps = set() if number is None else set(_steps(content.get("optimizer"), number))
         self.step = steps.pop() if len(steps) == 1 else None
         kind = content.get("content_metadata")
         self.optimizer = kind.get("distrib_optim_sharding_type") if isinstance(kind, dict) else None
@@ -61,17 +62,17 @@ class Common:
         return {"layout": self.layout, "train": train if self.iteration else None, "notes": notes}
 
 
-def _steps(optimizer: Any) -> Iterable[float]:
-    """Every optimizer step that the state of an optimizer, or of a chain of them, names."""
-    if isinstance(optimizer, dict):
-        for key, value in optimizer.items():
-            if key in ("common_step", "step") and isinstance(value, int | float):
-                yield float(value)
-            else:
-                yield from _steps(value)
-    elif isinstance(optimizer, list):
-        for value in optimizer:
-            yield from _steps(value)
+def _steps(optimizer: Any, number: Callable[[StoredTensor], float], depth: int = 6) -> Iterator[float]:
+    """Every step that the state of an optimizer, or of a chain of them, names; `depth`: of containers looked into."""
+    if depth == 0 or not isinstance(optimizer, dict | list):
+        return
+    for key, value in optimizer.items() if isinstance(optimizer, dict) else enumerate(optimizer):
+        if key not in ("common_step", "step"):
+            yield from _steps(value, number, depth - 1)
+        elif isinstance(value, int | float):
+            yield float(value)
+        elif isinstance(value, StoredTensor) and value.numel == 1:
+            yield number(value)
 
 
 def read_common(folder: TorchDistFolder) -> Common:
@@ -88,20 +89,9 @@ def read_common(folder: TorchDistFolder) -> Common:
         content = archive.content
         if span is not None and isinstance(content, list) and content:
             content = content[0]
-        return Common(_with_numbers(archive, content))
+        return Common(content, lambda value: float(archive.read(value, whole(value.shape)).item()))
     finally:
         files.close()
-
-
-def _with_numbers(archive: SavedArchive, value: Any) -> Any:
-    """A structure with its one-element tensors as numbers."""
-    if isinstance(value, dict):
-        return {key: _with_numbers(archive, item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(archive, item) for item in value]
-    if isinstance(value, StoredTensor) and value.numel == 1:
-        return archive.read(value, tuple(slice(0, 1) for _ in value.shape)).item()
-    return value
 
 
 class Foreign:

@@ -201,10 +201,3 @@ def _interleaved(part: Part, queries: int, keys: int, head_dim: int) -> Rows:
     if part == "q":
         return Rows(own, stride, 0)
     return Rows(head_dim, stride, own if part == "k" else own + head_dim)
-
-
-def fused_rows(part: str, head: int, heads: int, groups: int, head_dim: int) -> slice:
-    """Rows of the interleaved QKV that hold one head of q (head < heads), or of k or v (head < groups)."""
-    rows = _interleaved(part, heads * head_dim, groups * head_dim, head_dim)  # type: ignore[arg-type]
-    run = next(rows.runs(head * head_dim, (head + 1) * head_dim))
-    return slice(run.at, run.at + head_dim)

@@ -377,7 +377,9 @@ def test_a_pickle_of_anything_is_data(tmp_path: Path) -> None:
     """Nothing in common.pt runs, whatever classes it names."""
     path = _foreign(tmp_path / "run", "llama", {})
     marker = tmp_path / "ran"
-    torch.save({"iteration": 3, "args": _Harmful(str(marker))}, path / "common.pt")
+    endless: dict[str, Any] = {}
+    endless["state"] = endless
+    torch.save({"iteration": 3, "args": _Harmful(str(marker)), "optimizer": endless}, path / "common.pt")
     assert_holds(path, model("llama")[1], SPECS["llama"])
     assert not marker.exists()
 
