@@ -9,13 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compt_megatron import __version__
 from compt_megatron.cli_exit import guarded
-from compt_megatron.cli_parser import Parser, parse
+from compt_megatron.cli_parser import Parser, count, parse
+from compt_megatron.errors import UserError
 from compt_megatron.spec.table import ModelSpec
+
+if TYPE_CHECKING:
+    from compt_megatron.observe.transfer import Transfer
 
 Arguments = argparse.Namespace
 
@@ -48,25 +53,35 @@ def plan(args: Arguments) -> None:
 
 
 def grow(args: Arguments) -> None:
+    from compt_megatron.checkpoint.contract import Layout
+    from compt_megatron.checkpoint.manifest import read_manifest
     from compt_megatron.growth.api import Certificate, GrowthPlan
     from compt_megatron.growth.api import grow as grow_checkpoint
 
-    made = grow_checkpoint(
-        args.src,
-        args.dst,
-        args.to,
-        source_spec=args.source_config,
-        operator=args.operator,
-        depth=args.depth,
-        axes=dict(args.axes) or None,
-        format=args.format,
-        dtype=args.dtype,
-        seed=args.seed,
-        allow_approximate=args.allow_approximate,
-        overwrite=args.overwrite,
-        dry_run=args.dry_run,
-        trust_pickle=args.trust_pickle,
-    )
+    with _transfer(args) as transfer:
+        made = grow_checkpoint(
+            args.src,
+            args.dst,
+            args.to,
+            source_spec=args.source_config,
+            operator=args.operator,
+            depth=args.depth,
+            axes=dict(args.axes) or None,
+            format=args.format,
+            dtype=args.dtype,
+            seed=args.seed,
+            allow_approximate=args.allow_approximate,
+            noise=args.noise,
+            moments=args.moments,
+            layout=Layout(args.tensor, args.pipeline),
+            overwrite=args.overwrite,
+            dry_run=args.dry_run,
+            trust_pickle=args.trust_pickle,
+            progress=transfer,
+            **_workers(args),
+        )
+    if not transfer.leads:
+        return
     if isinstance(made, GrowthPlan):
         _show(args, made.to_dict(), lambda _: print(made.describe()))
         return
@@ -76,23 +91,29 @@ def grow(args: Arguments) -> None:
     exact = "the same function" if made.exact else "not the same function"
     grown = f"{made.target['name']} grown from {made.source['name']} by {made.operator!r}"
     line = f"{args.dst}: {grown}, {exact} (tensors: {said})"
-    _show(args, made.to_dict(), lambda _: print(line))
+    notes = (read_manifest(Path(args.dst)) or {}).get("notes", [])
+    _show(args, made.to_dict(), lambda _: print("\n".join([line, *notes, transfer.summary()])))
 
 
 def convert(args: Arguments) -> None:
     from compt_megatron.checkpoint.api import convert as convert_checkpoint
-    from compt_megatron.checkpoint.contract import dtype_of
+    from compt_megatron.checkpoint.contract import Layout, dtype_of
 
-    left_out = convert_checkpoint(
-        args.src,
-        args.dst,
-        args.format,
-        spec=_spec(args),
-        dtype=dtype_of(args.dtype) if args.dtype else None,
-        overwrite=args.overwrite,
-        trust_pickle=args.trust_pickle,
-    )
-    print("\n".join([f"{args.dst}: written as {args.format}", *left_out]))
+    with _transfer(args) as transfer:
+        left_out = convert_checkpoint(
+            args.src,
+            args.dst,
+            args.format,
+            spec=_spec(args),
+            dtype=dtype_of(args.dtype) if args.dtype else None,
+            layout=Layout(args.tensor, args.pipeline),
+            overwrite=args.overwrite,
+            trust_pickle=args.trust_pickle,
+            progress=transfer,
+            **_workers(args),
+        )
+    if transfer.leads:
+        print("\n".join([f"{args.dst}: written as {args.format}", *left_out, transfer.summary()]))
 
 
 def inspect(args: Arguments) -> None:
@@ -155,6 +176,25 @@ def _show(args: Arguments, value: Any, for_people: Any) -> None:
         for_people(value)
 
 
+def _transfer(args: Arguments) -> Transfer:
+    """Shows how the writing of args.dst goes on; under a launcher the first worker alone does."""
+    from compt_megatron.observe.transfer import Transfer
+
+    return Transfer(str(args.dst), quiet=getattr(args, "json", False) or getattr(args, "dry_run", False))
+
+
+def _workers(args: Arguments) -> dict[str, Any]:
+    """How the work is shared: --workers, or the processes of torchrun."""
+    from compt_megatron.checkpoint.workers import launched
+
+    place = launched()
+    if place is None:
+        return {"workers": args.workers}
+    if args.workers > 1:
+        raise UserError(f"--workers {args.workers}: a launcher started {place.world} processes; leave it out")
+    return {"shard": place.shard, "exchange": place.exchange}
+
+
 def _spec(args: Arguments) -> ModelSpec | None:
     """The parameter table of --from, None where it is not given."""
     from compt_megatron.spec.families import load_spec
@@ -179,7 +219,7 @@ def build_parser() -> Parser:
 
     command = commands.add("plan", plan, "cost, memory and layout of every link", "compt plan cc3m --ranks 8")
     command.recipe()
-    command.add_argument("--ranks", type=_count, default=1, metavar="N", help="processes to plan for (default: 1)")
+    command.add_argument("--ranks", type=count, default=1, metavar="N", help="processes to plan for (default: 1)")
     command.json()
 
     command = commands.add(
@@ -203,6 +243,13 @@ def build_parser() -> Parser:
         "--format", metavar="F", help="of the result: megatron, open_clip or hf (default: the source's own)"
     )
     command.dtype()
+    command.sharing()
+    command.add_argument(
+        "--moments", choices=("fresh", "grow"), default="fresh", help="of the optimizer: left out (default), or grown"
+    )
+    command.add_argument(
+        "--noise", type=_noise, default=0.0, metavar="X", help="parts the copies of `tile`, such as 0.01 (default: 0)"
+    )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of everything new (default: 0)")
     command.add_argument(
         "--allow-approximate", action="store_true", help="record what cannot be exact, do not refuse it"
@@ -220,6 +267,7 @@ def build_parser() -> Parser:
     command.source_config()
     command.trust_pickle()
     command.dtype()
+    command.sharing()
     command.overwrite()
 
     command = commands.add("inspect", inspect, "what a checkpoint holds", "compt inspect runs/demo/s/export")
@@ -246,7 +294,7 @@ def build_parser() -> Parser:
         metavar="TEXT",
         help="a prompt with {} for the class; may be repeated",
     )
-    command.add_argument("--batch-size", type=_count, default=256, metavar="N", help="images at a time (default: 256)")
+    command.add_argument("--batch-size", type=count, default=256, metavar="N", help="images at a time (default: 256)")
     command.json()
 
     command = commands.add(
@@ -275,10 +323,14 @@ def build_parser() -> Parser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def _noise(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0, such as 0.01")
+    return value
 
 
 def _template(text: str) -> str:

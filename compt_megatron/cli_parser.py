@@ -48,11 +48,25 @@ class Parser(argparse.ArgumentParser):
     def dtype(self) -> None:
         self.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
 
+    def sharing(self) -> None:
+        help_text = "processes that share the work (default: 1)"
+        self.add_argument("--workers", type=count, default=1, metavar="N", help=help_text)
+        for side in ("tensor", "pipeline"):
+            help_text = f"{side}-parallel ranks that the result's files are cut for (default: 1)"
+            self.add_argument(f"--{side}", type=count, default=1, metavar="N", help=help_text)
+
     def overwrite(self) -> None:
         self.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 
     def json(self) -> None:
         self.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def count(text: str) -> int:
+    """A whole number above 0, as an option's value."""
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 class Commands:

@@ -44,7 +44,8 @@ def convert(
     result). `config` replaces the model config that is written, where the same model's tokenizer is found elsewhere;
     `attachments` are files {name: source} that the folder gets beside its own, the tokenizer's vocabulary; those of the
     source are passed on. `workers`: new processes that share the work; or `shard` (index, number) and `exchange`
-    (all-gathers an object) where several processes call this together. `progress` is told bytes written, and in all.
+    (all-gathers an object) where several processes call this together. `progress` is told the bytes
+    written, those in all, and those from an earlier run.
 
     Memory: less than 512 MB a worker, whatever the size of the checkpoint. What a killed run of the same call left in
     `DST.partial/` is continued. Raises UserError; then nothing is left behind.

@@ -17,7 +17,7 @@ from compt_megatron.checkpoint import (
     open_clip,
 )
 from compt_megatron.checkpoint.commit import is_partial
-from compt_megatron.checkpoint.contract import Exchange, Format, Layout, Reader, Task, Writer, dtype_name
+from compt_megatron.checkpoint.contract import Exchange, Format, Layout, OpenWriter, Reader, Task, Writer, dtype_name
 from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from compt_megatron.errors import UserError
 from compt_megatron.spec.table import ModelSpec
@@ -80,6 +80,18 @@ def open_reader(path: str | Path, spec: ModelSpec | None = None, trust_pickle: b
     return reader
 
 
+def require_writable(format: str) -> OpenWriter:
+    """What opens checkpoints of a format for writing. Raises UserError if it is unknown or read only."""
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(FORMATS)}"
+        raise UserError(f"checkpoint format '{format}' is not known; {hint}")
+    opener = FORMATS[format].open_writer
+    if opener is None:
+        raise UserError(f"checkpoint format '{format}' can only be read; choose another with --format")
+    return opener
+
+
 def open_writer(
     path: str | Path,
     format: str,
@@ -99,11 +111,5 @@ def open_writer(
     for, where the format cuts its files. `request`: see `Task`. Raises UserError if the format is unknown or read only,
     or the path is taken.
     """
-    if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(FORMATS)}"
-        raise UserError(f"checkpoint format '{format}' is not known; {hint}")
-    opener = FORMATS[format].open_writer
-    if opener is None:
-        raise UserError(f"checkpoint format '{format}' can only be read; choose another with --format")
-    return opener(Task(Path(path), spec, rank, world, exchange, overwrite, layout or Layout(), request))
+    task = Task(Path(path), spec, rank, world, exchange, overwrite, layout or Layout(), request)
+    return require_writable(format)(task)

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compt_megatron.checkpoint.contract import Region, Task, TensorInfo, dtype_name, split_name
+from compt_megatron.checkpoint.commit import SINGLE_FILES
+from compt_megatron.checkpoint.contract import Layout, Region, Task, TensorInfo, dtype_name, split_name
 from compt_megatron.checkpoint.flat_file import FlatFile
 from compt_megatron.checkpoint.huggingface_files import CONFIG, INDEX, WEIGHTS, shard_name
 from compt_megatron.checkpoint.out_file import HashedFile, OutFile
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.spec.huggingface_names import HfPlace, explicit_config, hf_place, hf_shapes
+from compt_megatron.spec.table import ModelSpec
 
 SHARD_BYTES = 5 * 10**9  # of one file, as transformers cuts them
 _PENDING_LIMIT = 128 * 2**20  # bytes of parts of rows that are kept until the rest of their rows has come
@@ -62,14 +64,7 @@ class HuggingFaceWriter(BoxWriter):
             return
         missing = [name for name in self._places if f"weight/{name}" not in self.declared]
         assert not missing, f"{missing[0]} and {len(missing) - 1} others are not declared"
-        members: dict[str, list[str]] = {}
-        for name, place in self._places.items():
-            members.setdefault(place.key, []).append(f"weight/{name}")
-        stored = {
-            key: TensorInfo(shape, one_dtype(key, members[key], self.declared))
-            for key, shape in hf_shapes(self.spec).items()
-        }
-        for name, part in self._cut(stored):
+        for name, part in _cut(_stored(self.spec, self.declared), self.destination.path):
             file = self._files[name] = FlatFile(self.folder / name, part)
             self._home |= dict.fromkeys(part, file)
         self.party.lead(self._create)
@@ -80,21 +75,11 @@ class HuggingFaceWriter(BoxWriter):
         for file in self._files.values():
             file.create()
 
-    def _cut(self, stored: dict[str, TensorInfo]) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
-        """File names and the tensors in them, in the order of the model."""
-        if self.destination.single:
-            yield self.destination.path.name, stored
-            return
-        shards: list[dict[str, TensorInfo]] = [{}]
-        size = 0
-        for key, info in stored.items():
-            if shards[-1] and size + info.nbytes > SHARD_BYTES:
-                shards.append({})
-                size = 0
-            shards[-1][key] = info
-            size += info.nbytes
-        for index, shard in enumerate(shards):
-            yield shard_name(index, len(shards)) if len(shards) > 1 else WEIGHTS, shard
+    @classmethod
+    def file_sizes(
+        cls, path: Path, spec: ModelSpec, tensors: dict[str, TensorInfo], layout: Layout, workers: int
+    ) -> dict[str, int]:
+        return {name: sum(info.nbytes for info in part.values()) for name, part in _cut(_stored(spec, tensors), path)}
 
     def _put(self, name: str, offsets: tuple[int, ...], tensor: torch.Tensor) -> None:
         place = self._places[split_name(name)[1]]
@@ -184,3 +169,28 @@ class HuggingFaceWriter(BoxWriter):
     def _release(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _stored(spec: ModelSpec, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of the files by transformers' keys, in the order of the model; `tensors` are the boundary's."""
+    members: dict[str, list[str]] = {}
+    for name in spec.params:
+        members.setdefault(hf_place(spec, name).key, []).append(f"weight/{name}")
+    return {key: TensorInfo(shape, one_dtype(key, members[key], tensors)) for key, shape in hf_shapes(spec).items()}
+
+
+def _cut(stored: dict[str, TensorInfo], path: Path) -> Iterator[tuple[str, dict[str, TensorInfo]]]:
+    """File names and the tensors in them, of a checkpoint at `path`."""
+    if path.suffix in SINGLE_FILES:
+        yield path.name, stored
+        return
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for key, info in stored.items():
+        if shards[-1] and size + info.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][key] = info
+        size += info.nbytes
+    for index, shard in enumerate(shards):
+        yield shard_name(index, len(shards)) if len(shards) > 1 else WEIGHTS, shard

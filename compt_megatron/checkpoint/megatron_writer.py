@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from compt_megatron.checkpoint.torch_dist import METADATA, ChunkFiles
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.spec.megatron_names import PADDED_KEYS, MegatronPlace
+from compt_megatron.spec.table import ModelSpec
 
 BACKEND_FILE, COMMON_FILE = "metadata.json", "common.pt"
 _BACKEND = {
@@ -71,6 +73,17 @@ class MegatronWriter(BoxWriter):
         self._files = ChunkFiles(self._inside, task.rank)
         self._pending: dict[tuple[Any, ...], _Pending] = {}  # by key, layer and columns
         self._pending_bytes = 0
+
+    @classmethod
+    def file_sizes(
+        cls, path: Path, spec: ModelSpec, tensors: dict[str, TensorInfo], layout: Layout, workers: int
+    ) -> dict[str, int]:
+        ranks = layout.tensor * layout.pipeline
+        own = sum(info.nbytes for info in tensors.values()) // ranks
+        inner = f"{cls.inner}/" if cls.inner else ""
+        if workers == 1:
+            return {f"{inner}__{rank}_0.distcp": own for rank in range(ranks)}
+        return {f"{inner}__{rank}_*.distcp, of {workers} workers": own for rank in range(ranks)}
 
     def _padded_vocabulary(self) -> int | None:
         """The rows that embedding and output layer have in the files; None: one for each entry of the vocabulary."""

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from compt_megatron.checkpoint.commit import SINGLE_FILES
 from compt_megatron.checkpoint.contract import (
     Format,
+    Layout,
     Region,
     Task,
     TensorInfo,
@@ -191,6 +193,13 @@ class OpenClipWriter(BoxWriter):
         assert self._file is not None
         place = self._places[split_name(name)[1]]
         return self._file.position(place.key), place.start
+
+    @classmethod
+    def file_sizes(
+        cls, path: Path, spec: ModelSpec, tensors: dict[str, TensorInfo], layout: Layout, workers: int
+    ) -> dict[str, int]:
+        total = sum(info.nbytes for info in tensors.values())
+        return {path.name: total} if path.suffix in SINGLE_FILES else {WEIGHTS: total, CONFIG: 0}
 
     def _finish_rank(self) -> tuple[list[FileRow], Any]:
         assert self._file is not None, "commit without declare"

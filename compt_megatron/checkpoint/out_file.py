@@ -28,6 +28,7 @@ from compt_megatron.errors import UserError
 _PAGE = 4096  # bytes; where direct writes begin and end, in the file and in memory
 _BLOCK = 8 * 2**20  # bytes gathered before they are written
 _BLOCKS = 4  # of a thread: one that is filled while the others are on their way
+BLOCK_BYTES = _BLOCKS * _BLOCK
 _WORTH = 2**19  # bytes from which a direct write pays
 
 

@@ -43,6 +43,7 @@ def stream(
     mine = share(list(_units(writer, infos)), cost or nbytes, place.shard, ahead)
     kept = writer.recover() if isinstance(writer, BoxWriter) else set()
     done, total = 0, sum(nbytes(name, region) for unit in mine for name, region in unit)
+    before = sum(torch.Size(sizes).numel() * infos[name].dtype.itemsize for name, (_, sizes) in kept)
     if checks is not None:
         checks.begin()
     with _one_thread():
@@ -55,7 +56,7 @@ def stream(
             if isinstance(writer, BoxWriter):
                 writer.keep()
             if place.progress is not None:
-                place.progress(done, total)
+                place.progress(done, total, before)
             if checks is not None:
                 checks.pace.reach(done / total)
                 checks.look()

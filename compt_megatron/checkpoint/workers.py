@@ -28,7 +28,7 @@ _CHECK_S = 0.2  # how often a worker looks whether its starter still lives
 _PATIENCE = timedelta(days=7)  # of a worker of torchrun; a dead peer is torchrun's to notice
 _COMMAND = "import sys; sys.path[:] = {path!r}; from compt_megatron.checkpoint.workers import _child; _child({number})"
 
-Progress = Callable[[int, int], None]  # bytes written so far, and bytes in all
+Progress = Callable[[int, int, int], None]  # bytes that are written, bytes in all, and those from an earlier run
 
 
 class Place(NamedTuple):
@@ -104,7 +104,7 @@ class _Crew:
         self._rows: dict[int, Any] = {}
         self._ended: dict[int, Any] = {}
         self._errors: list[tuple[bool, str]] = []
-        self._bytes = [(0, 0)] * world
+        self._bytes = [(0, 0, 0)] * world
 
     def start(self, call: Any) -> None:
         threads = max(1, (os.cpu_count() or 1) // self._world)
@@ -187,7 +187,7 @@ def _child(number: int) -> None:
     rank, world = pickle.loads(pipe.recv_bytes())
     try:
         work, arguments = pickle.loads(pipe.recv_bytes())
-        place = Place(rank, world, exchange, lambda done, total: say("progress", (done, total)))
+        place = Place(rank, world, exchange, lambda *counts: say("progress", counts))
         say("done", work(place=place, **arguments))
     except Exception as error:
         user = isinstance(error, UserError)

@@ -13,12 +13,13 @@ import torch
 import xxhash
 
 from compt_megatron.checkpoint.commit import Destination
-from compt_megatron.checkpoint.contract import Region, Task, TensorInfo, dtype_name, slabs, split_name, whole
+from compt_megatron.checkpoint.contract import Layout, Region, Task, TensorInfo, dtype_name, slabs, split_name, whole
 from compt_megatron.checkpoint.journal import Box, Entry, Journal, earlier_entries
 from compt_megatron.checkpoint.manifest import make_manifest
 from compt_megatron.checkpoint.out_file import OutFile
 from compt_megatron.checkpoint.sums import joined
 from compt_megatron.errors import UserError
+from compt_megatron.spec.table import ModelSpec
 
 FileRow = tuple[str, str, int]  # name, checksum, bytes
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
@@ -127,6 +128,13 @@ class BoxWriter(ABC):
     def _position(self, name: str) -> Any:
         """What tensors are sorted by in `units`, so that those that lie beside each other in a file come together."""
         return 0
+
+    @classmethod
+    def file_sizes(
+        cls, path: Path, spec: ModelSpec, tensors: dict[str, TensorInfo], layout: Layout, workers: int
+    ) -> dict[str, int]:
+        """The data files that a checkpoint of such tensors would have, and about how many bytes: for a dry run."""
+        return {path.name: sum(info.nbytes for info in tensors.values())}
 
     # -- writing
 

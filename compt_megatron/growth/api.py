@@ -13,13 +13,13 @@ from compt_megatron.checkpoint.api import keep_apart
 from compt_megatron.checkpoint.commit import SINGLE_FILES
 from compt_megatron.checkpoint.contract import Exchange, Layout, Reader, dtype_name, dtype_of
 from compt_megatron.checkpoint.digest import hash_beside
-from compt_megatron.checkpoint.formats import FORMATS, detect, open_reader, open_writer
+from compt_megatron.checkpoint.formats import FORMATS, detect, open_reader, open_writer, require_writable
 from compt_megatron.checkpoint.guard import Checks, already_checked, deferred
 from compt_megatron.checkpoint.stream import identity, settle, unfinished
 from compt_megatron.checkpoint.workers import Place, Progress, together
 from compt_megatron.errors import UserError
 from compt_megatron.growth.certificate import Certificate, certify
-from compt_megatron.growth.execute import check_source, execute
+from compt_megatron.growth.execute import check_source, execute, target_infos
 from compt_megatron.growth.fresh import write_fresh
 from compt_megatron.growth.moments import with_source_states
 from compt_megatron.growth.operators import OPERATORS, plan
@@ -73,7 +73,7 @@ def grow(
     `operators.plan`. `format`, `dtype`: of the result (None: the source's own; the `megatron` format if that can only
     be read). `layout`: the model-parallel ranks that the result's files are cut for. `workers`: new processes that
     share the work; or `shard` (index, number) and `exchange` (all-gathers an object) where several processes call this
-    together. `progress` is told bytes written, and in all.
+    together. `progress` is told the bytes written, those in all, and those from an earlier run.
 
     Memory: less than 512 MB a worker, whatever the size of the checkpoints. What a killed run of the same call left in
     `DST.partial/` is continued. Raises UserError, with nothing written, if the source is damaged, growth cannot connect
@@ -100,7 +100,7 @@ def grow(
         },
     }
     if dry_run:
-        return _planned(**arguments)
+        return _planned(workers=max(workers, shard[1]), **arguments)
     keep_apart(src, dst)
     if workers > 1:
         found: Certificate = together(_grow, workers, progress, **arguments)
@@ -143,8 +143,13 @@ def _grow(
                 settle(writer, checks)
                 digest = source_hash()
                 certificate = certify(growth, digest, str(src), dtype_name(dtype) if dtype else None)
-                record = {"certificate": certificate.to_dict(), "lineage": lineage(reader, growth, digest)}
-                writer.commit(record | {"attachments": reader.metadata().get("attachments", {})})
+                record = {
+                    "certificate": certificate.to_dict(),
+                    "lineage": lineage(reader, growth, digest),
+                    "notes": [f"warning: {line}" for line in growth.warnings()],
+                    "attachments": reader.metadata().get("attachments", {}),
+                }
+                writer.commit(record)
             return certificate
         finally:
             reader.close()
@@ -167,12 +172,27 @@ def _hash_of(
         yield lambda: str(place.exchange(hashing.result())[0]) if place.exchange else hashing.result()
 
 
-def _planned(src: Path, to: str | Path | ModelSpec, options: dict[str, Any], **arguments: Any) -> GrowthPlan:
-    """The plan alone."""
+def _planned(
+    workers: int,
+    src: Path,
+    dst: Path,
+    to: str | Path | ModelSpec,
+    format: str | None,
+    dtype: torch.dtype | None,
+    layout: Layout,
+    options: dict[str, Any],
+    **arguments: Any,
+) -> GrowthPlan:
+    """The plan alone, and what carrying it out would take."""
+    from compt_megatron.growth.dry_run import dry_run
+
     with already_checked():  # no tensor is read
         reader = open_reader(src, _spec(arguments["source_spec"]), arguments["trust_pickle"])
     try:
-        return _plan(reader, to, options)
+        growth, tensors = _plan(reader, to, options), reader.tensors()
+        form = format or default_format(src, dst, growth.target)
+        require_writable(form)
+        return dry_run(growth, tensors, target_infos(growth, tensors, dtype), dst, form, layout, workers)
     finally:
         reader.close()
 

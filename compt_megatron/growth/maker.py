@@ -111,15 +111,11 @@ class Maker:
             out[block].copy_(wide)
 
     def _reduce(self, out: torch.Tensor, part: Part, piece: Reduce, inside: Region) -> None:
-        region = list(source_region(part, piece.start, inside))
-        region[piece.dim] = slice(0, piece.size)
-        if piece.across is not None:
-            region[piece.across[0]] = slice(0, piece.across[1])
-        mean, contrast = self._mean(piece, tuple(region))
+        mean, contrast = self._mean(piece, _reduced(part, piece, inside))
         if piece.contrast is None:
             out.copy_(piece.scale * mean)
             return
-        shape = [1] * len(region)
+        shape = [1] * len(inside)
         shape[piece.dim] = -1
         signs = _signs(part, piece.dim, inside).reshape(shape)
         contrast = self._contrast(piece.contrast)[1] * contrast
@@ -160,24 +156,50 @@ class Maker:
 Meeting = tuple[Part, Region, Region]
 
 
+def needs(tensor: TensorPlan, region: Region) -> Iterator[tuple[str, Region]]:
+    """The boxes of source tensors that are read to make a region of a target tensor."""
+    met = list(meetings(tensor, region))
+    yield from _Sources(lambda name, box: torch.empty(0), met).boxes()
+    for part, inside, _ in met:
+        if isinstance(part.piece, Reduce):
+            yield part.piece.source, _reduced(part, part.piece, inside)
+        contrast = getattr(part.piece, "contrast", None)
+        if contrast is not None:
+            yield contrast.gamma, (slice(0, contrast.size),)
+
+
+def _reduced(part: Part, piece: Reduce, inside: Region) -> Region:
+    """The source region whose means a target region shows."""
+    region = list(source_region(part, piece.start, inside))
+    region[piece.dim] = slice(0, piece.size)
+    if piece.across is not None:
+        region[piece.across[0]] = slice(0, piece.across[1])
+    return tuple(region)
+
+
 class _Sources:
     """Reads what the copies of one slab need. Where they tile one box of a source, that box is read once."""
 
     def __init__(self, read: Read, met: list[Meeting]) -> None:
         self._read = read
-        needs: dict[str, list[Region]] = {}
+        self._needs: dict[str, list[Region]] = {}
         for part, inside, _ in met:
             if isinstance(part.piece, Copy):
-                needs.setdefault(part.piece.source, []).append(source_region(part, part.piece.start, inside))
-        self._boxes = {name: _hull(regions) for name, regions in needs.items() if len(regions) > 1}
-        self._boxes = {name: box for name, box in self._boxes.items() if _size(box) <= sum(map(_size, needs[name]))}
+                self._needs.setdefault(part.piece.source, []).append(source_region(part, part.piece.start, inside))
+        hulls = {name: _hull(regions) for name, regions in self._needs.items() if len(regions) > 1}
+        self._hulls = {name: box for name, box in hulls.items() if _size(box) <= sum(map(_size, self._needs[name]))}
         self._values: dict[str, torch.Tensor] = {}
+
+    def boxes(self) -> Iterator[tuple[str, Region]]:
+        """All that will be read."""
+        for name, regions in self._needs.items():
+            yield from ((name, box) for box in ([self._hulls[name]] if name in self._hulls else regions))
 
     def read(self, part: Part, inside: Region) -> torch.Tensor:
         piece = part.piece
         assert isinstance(piece, Copy)
         region = source_region(part, piece.start, inside)
-        box = self._boxes.get(piece.source)
+        box = self._hulls.get(piece.source)
         if box is None:
             return self._read(piece.source, region)
         if piece.source not in self._values:
