@@ -150,7 +150,7 @@ class ZeroFolder:
         flats = [_flat_groups(rank) for rank in ranks]
         for index, shapes in enumerate(self.model["param_shapes"]):
             paddings = (ranks[0].get("param_alignment_paddings") or [[]] * (index + 1))[index] or [0] * len(shapes)
-            size = flats[0][index].size
+            size = flats[0][index].size  # of every partition: only that of the last rank with any is cut short
             at = 0
             for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
                 self.shapes.setdefault(name, tuple(shape))
@@ -247,7 +247,7 @@ class ZeroFolder:
 
 @dataclass(frozen=True)
 class _Flat:
-    """One rank's flat tensors of a group, by kind of state; `size`: elements of a partition; `step`: its count."""
+    """One rank's flat tensors of a group, by kind of state; `size`: elements in each; `step`: the group's count."""
 
     tensors: dict[str, StoredTensor]
     size: int
@@ -264,10 +264,8 @@ def _flat_groups(rank: dict[str, Any]) -> list[_Flat]:
         else:
             group = base["param_groups"][index]
             state = base["state"].get(group["params"][0], {})
-        # The bf16 optimizer (which writes no stage) stores partitions with their padding, the others without.
-        padding = int(rank["group_paddings"][index]) if "zero_stage" in rank else 0
         tensors = {"master": master} | {kind: state[kind] for kind in MOMENTS if kind in state}
-        found.append(_Flat(tensors, master.numel + padding, state.get("step", group.get("step"))))
+        found.append(_Flat(tensors, master.numel, state.get("step", group.get("step"))))
     return found
 
 

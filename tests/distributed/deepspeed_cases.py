@@ -193,6 +193,8 @@ def load_and_train(
             if case.stage == 3:  # DeepSpeed gives all groups one and the same count, which each would advance
                 for state in engine.optimizer.optimizer.state.values():
                     state["step"] = state["step"].clone()
+            if engine.lr_scheduler is not None:  # it knows where it is, but says so to the optimizer when it moves
+                engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
             live["losses"] = train(engine, steps, rank, world)
         engine.destroy()
         found.append(live)

@@ -47,10 +47,11 @@ WRAPPED = {f"module.{name}": shape for name, shape in OPEN_CLIP.items()}
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}  # makes DeepSpeed take another optimizer, with other files
 UNCLIPPED = {"gradient_clipping": 0.0}  # a gradient's norm depends on the order of its elements, in the last bit
+WARMUP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.05, "warmup_num_steps": 20}}}
 CASES = [
     Case("plain", OPEN_CLIP, 0),
     Case("plain_bf16", TRANSFORMERS, 0, "bf16", groups=1),
-    Case("one_universal", TRANSFORMERS, 1),
+    Case("one_universal", TRANSFORMERS, 1, config=WARMUP),
     Case("one_bf16", WRAPPED, 1, "bf16", config=FP32_SUMS),
     Case("two_bf16", OPEN_CLIP, 2, "bf16", config=UNCLIPPED),
     Case("round_robin", OPEN_CLIP, 2, "bf16", zero={"round_robin_gradients": True}, config=UNCLIPPED),
@@ -159,7 +160,7 @@ def universal(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world", [1, 3])
 def test_deepspeed_continues_at_any_stage_and_world_size(trained: Path, universal: Path, world: int) -> None:
     live = _live(trained, "one_universal")
-    jobs = [(Case(f"stage{stage}", TRANSFORMERS, stage), universal) for stage in (1, 2, 3)]
+    jobs = [(Case(f"stage{stage}", TRANSFORMERS, stage, config=WARMUP), universal) for stage in (1, 2, 3)]
     for found in run_ranks(load_and_train, world, jobs, range(STEPS, STEPS + MORE))[0]:
         for kind in ("weight", "master", "exp_avg", "exp_avg_sq"):
             for name, value in live[kind].items():
