@@ -120,14 +120,18 @@ def inspect(args: Arguments) -> None:
     from compt_megatron.chain.views import print_inspection
     from compt_megatron.checkpoint.api import inspect as inspect_checkpoint
 
-    _show(args, inspect_checkpoint(args.checkpoint, _spec(args)), print_inspection)
+    _show(args, inspect_checkpoint(args.checkpoint, _spec(args), args.trust_pickle), print_inspection)
 
 
 def verify(args: Arguments) -> None:
     from compt_megatron.chain.verify import verify as verify_checkpoints
     from compt_megatron.chain.views import print_verification
 
-    _show(args, verify_checkpoints(args.checkpoint, args.against, _spec(args)), print_verification)
+    _show(
+        args,
+        verify_checkpoints(args.checkpoint, args.against, _spec(args), trust_pickle=args.trust_pickle),
+        print_verification,
+    )
 
 
 def evaluate(args: Arguments) -> None:
@@ -143,8 +147,15 @@ def evaluate(args: Arguments) -> None:
 def export(args: Arguments) -> None:
     from compt_megatron.chain.export import export as export_checkpoint
 
-    left_out = export_checkpoint(args.checkpoint, args.dst, args.format, spec=_spec(args), overwrite=args.overwrite)
-    print("\n".join([f"{args.dst}: exported as {args.format}", *left_out]))
+    left_out = export_checkpoint(
+        args.checkpoint,
+        args.dst,
+        args.format,
+        spec=_spec(args),
+        overwrite=args.overwrite,
+        trust_pickle=args.trust_pickle,
+    )
+    print("\n".join([f"{args.dst}: exported", *left_out]))
 
 
 def report(args: Arguments) -> None:
@@ -240,7 +251,9 @@ def build_parser() -> Parser:
     command.source_config()
     command.trust_pickle()
     command.add_argument(
-        "--format", metavar="F", help="of the result: megatron, open_clip or hf (default: the source's own)"
+        "--format",
+        metavar="F",
+        help="of the result: hf, open_clip, megatron, megatron-lm, deepspeed (default: the source's)",
     )
     command.dtype()
     command.sharing()
@@ -263,7 +276,9 @@ def build_parser() -> Parser:
     )
     command.add_argument("src", metavar="SRC", help="the checkpoint")
     command.add_argument("dst", metavar="DST", help="where the result goes")
-    command.add_argument("--format", required=True, metavar="F", help="megatron, open_clip or hf")
+    command.add_argument(
+        "--format", required=True, metavar="F", help="megatron, megatron-lm, deepspeed, open_clip or hf"
+    )
     command.source_config()
     command.trust_pickle()
     command.dtype()
@@ -272,10 +287,12 @@ def build_parser() -> Parser:
 
     command = commands.add("inspect", inspect, "what a checkpoint holds", "compt inspect runs/demo/s/export")
     command.checkpoint()
+    command.trust_pickle()
     command.json()
 
     command = commands.add("verify", verify, "check a checkpoint, or all of a run", "compt verify runs/demo")
     command.checkpoint("a checkpoint, or a run folder")
+    command.trust_pickle()
     command.add_argument("--against", metavar="SRC", help="the checkpoint that it was grown from")
     command.json()
 
@@ -304,8 +321,9 @@ def build_parser() -> Parser:
         "compt export runs/demo/s/export clip.pt --format open_clip",
     )
     command.checkpoint()
+    command.trust_pickle()
     command.add_argument("dst", metavar="DST", help="where the result goes")
-    command.add_argument("--format", default="open_clip", metavar="F", help="open_clip (default) or hf")
+    command.add_argument("--format", metavar="F", help="open_clip or hf (default: the one that has the model)")
     command.overwrite()
 
     command = commands.add("report", report, "pictures and tables of a run", "compt report runs/demo")

@@ -163,6 +163,8 @@ def evaluate_checkpoint(
     known = reader.spec
     reader.close()
     assert known is not None
+    if known.is_language_model:
+        raise UserError(f"{path}: {known.name} is a language model; this version evaluates CLIP models and ViTs only")
     encode_image, encode_text = encoders(path, runtime, known)
     sets = open_sets(data, known, runtime)
     return run_evaluation(sets, known, settings or EvaluateSettings(), encode_image, encode_text, runtime)

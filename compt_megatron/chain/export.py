@@ -25,9 +25,10 @@ def export(
 ) -> list[str]:
     """Write checkpoint `src` as `dst` for open_clip or transformers: a folder (weights, config, tokenizer) or one file.
 
-    `format`: "open_clip" or "hf" (None: hf for a language model, open_clip for any other). The tokenizer is the vocabulary that an open_clip config names, or the files that lie beside a Hugging Face source.
-    Returns a line for each thing that was left out (optimizer state). Raises UserError for another format, and for a
-    model that the format does not have.
+    `format`: "open_clip" or "hf" (None: hf for a language model, open_clip for any other). The tokenizer is the
+    vocabulary that an open_clip config names, or the files that lie beside a Hugging Face source. Returns a line for
+    each thing that was left out (optimizer state). Raises UserError for another format, and for a model that the format
+    does not have.
     """
     if format not in (None, *EXPORTS):
         raise UserError(f"--format {format}: cannot export to it; choose one of {', '.join(EXPORTS)}")

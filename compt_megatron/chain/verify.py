@@ -14,7 +14,9 @@ from compt_megatron.growth.verify import verify as verify_growth
 from compt_megatron.spec.table import ModelSpec
 
 
-def verify(path: str | Path, against: str | Path | None = None, spec: ModelSpec | None = None) -> list[dict[str, Any]]:
+def verify(
+    path: str | Path, against: str | Path | None = None, spec: ModelSpec | None = None, *, trust_pickle: bool = False
+) -> list[dict[str, Any]]:
     """Verify a checkpoint, or every checkpoint that a run folder's ledger names.
 
     Checked are checksums, names, shapes and completeness; where a grown checkpoint's source is known (recorded, or
@@ -23,20 +25,23 @@ def verify(path: str | Path, against: str | Path | None = None, spec: ModelSpec 
 
     Returns one record a checkpoint: path, files ("ok"), growth (None or {against, tensors, elements}), parity (None
     or relative differences of outputs), noise and noise_dtype (what the source's outputs are off by when computed in
-    that dtype, see `evaluate.parity.Parity`), notes. Raises UserError at the first defect.
+    that dtype, see `evaluate.parity.Parity`), twins (units that never separate), notes. Raises UserError at the first
+    defect.
     """
     path = Path(path)
     if (path / FILENAME).is_file():
         return _verify_run(path)
-    return [verify_checkpoint(path, against, spec)]
+    return [verify_checkpoint(path, against, spec, trust_pickle)]
 
 
-def verify_checkpoint(path: Path, against: str | Path | None = None, spec: ModelSpec | None = None) -> dict[str, Any]:
+def verify_checkpoint(
+    path: Path, against: str | Path | None = None, spec: ModelSpec | None = None, trust_pickle: bool = False
+) -> dict[str, Any]:
     """The record of one checkpoint, see `verify`."""
-    check(path, spec)
+    check(path, spec, trust_pickle)
     record: dict[str, Any] = {"path": str(path), "files": "ok", "growth": None, "parity": None, "noise": None}
     record |= {"noise_dtype": None, "twins": [], "notes": []}
-    reader = open_reader(path, spec)
+    reader = open_reader(path, spec, trust_pickle)
     try:
         known = reader.metadata()
     finally:
@@ -49,22 +54,22 @@ def verify_checkpoint(path: Path, against: str | Path | None = None, spec: Model
     if against is None and not source.exists():
         record["notes"].append(f"its source {source} is not there; give it with --against to check the growth too")
         return record
-    report = verify_growth(path, source, spec)
+    report = verify_growth(path, source, spec, trust_pickle=trust_pickle)
     if not report.ok:
         raise UserError(report.describe().splitlines()[0])
     record["growth"] = {"against": report.against, "tensors": report.tensors, "elements": report.elements}
-    measured = _parity(source, path, report.certificate.source_spec(), spec)
+    measured = _parity(source, path, (report.certificate.source_spec(), spec), trust_pickle)
     twins = [f"warning: {line}" for line in report.twins]
     return record | measured | {"notes": [*twins, *measured.get("notes", [])], "twins": report.twins}
 
 
-def _parity(source: Path, grown: Path, source_spec: ModelSpec, spec: ModelSpec | None) -> dict[str, Any]:
+def _parity(source: Path, grown: Path, specs: tuple[ModelSpec, ModelSpec | None], trust_pickle: bool) -> dict[str, Any]:
     """The entries `parity`, `noise` and `noise_dtype` of a record, and `notes` where they could not be measured."""
     from compt_megatron.evaluate.parity import measure
 
-    first = open_reader(source, source_spec)
+    first = open_reader(source, specs[0], trust_pickle)
     try:
-        second = open_reader(grown, spec)
+        second = open_reader(grown, specs[1], trust_pickle)
         try:
             found = measure(first, second)
         finally:

@@ -82,14 +82,14 @@ def _certificate_summary(certificate: dict[str, Any] | None) -> dict[str, Any] |
     return {**{key: value for key, value in certificate.items() if key != "tensors"}, "tensors": counts}
 
 
-def check(path: str | Path, spec: ModelSpec | None = None) -> None:
+def check(path: str | Path, spec: ModelSpec | None = None, trust_pickle: bool = False) -> None:
     """Check a checkpoint: every file against its checksum, every tensor of the model there, nothing more or less than
     was recorded, all of it readable.
 
     Raises UserError at the first defect, naming the file or tensor.
     """
     path = Path(path)
-    reader = open_reader(path, spec)
+    reader = open_reader(path, spec, trust_pickle)
     try:
         _check_tensors(path, reader)
         known = reader.metadata()

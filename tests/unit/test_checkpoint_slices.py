@@ -229,7 +229,10 @@ def test_query_groups_are_interleaved() -> None:
     assert query.flatten().tolist() == list(range(24))
     assert (key.flatten().tolist(), value.flatten().tolist()) == (list(range(100, 108)), list(range(200, 208)))
     name = "visual.transformer.resblocks.0.attn.q_proj.weight"
-    assert [(run.start, run.stop, run.at) for run in keys.places[name].rows.runs(10, 14)] == [(10, 12, 10), (12, 14, 20)]
+    assert [(run.start, run.stop, run.at) for run in keys.places[name].rows.runs(10, 14)] == [
+        (10, 12, 10),
+        (12, 14, 20),
+    ]
 
 
 def test_keys_are_those_that_megatron_uses() -> None:

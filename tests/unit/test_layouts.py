@@ -85,7 +85,13 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> Non
         assert torch.equal(found[name], value), name
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.generate], derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=8,
+    deadline=None,
+    phases=[Phase.generate],
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(data=st.data())
 def test_growth_from_anywhere_to_anywhere(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(SMALL)))
