@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
-import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ from compt_megatron.checkpoint.api import check, convert, inspect, weight_hash
 from compt_megatron.checkpoint.contract import Writer
 from compt_megatron.checkpoint.filled_archive import ArchiveLayout, FilledArchive, Hole
 from compt_megatron.checkpoint.formats import detect, open_reader, open_writer
+from compt_megatron.checkpoint.module_names import trainer_names
+from compt_megatron.checkpoint.sums import file_hash
 from compt_megatron.errors import UserError
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
@@ -158,7 +159,7 @@ def test_the_bytes_depend_neither_on_the_order_nor_on_the_ranks(tmp_path: Path, 
 def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "KEEP", 1)  # keep after every unit
     values = dict(sorted(_state(GPT2).items(), key=lambda item: not item[0].startswith("step/")))
-    write(tmp_path / "whole", "deepspeed", GPT2, values, train=TRAIN)
+    write(tmp_path / "whole", "deepspeed", GPT2, values)
     path, written = tmp_path / "killed", 0
     for stop in (30, 60, None):
         writer = open_writer(path, "deepspeed", GPT2, request="the same")
@@ -170,7 +171,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path, monkeypatch
                 writer.write(name, (0,) * value.dim(), value)
                 writer.keep()
         if stop is None:
-            writer.commit({"train": TRAIN})
+            writer.commit({})
         else:
             writer.leave()
             written = stop
@@ -249,21 +250,33 @@ class _Evil:
         return Path.touch, (self.path,)
 
 
-def _plain_checkpoint(folder: Path, **more: Any) -> Path:
-    """A checkpoint of a plain ViT as DeepSpeed saves it without ZeRO."""
-    module = OrderedDict()
-    for name, value in weights(VIT).items():
-        key, part = name.removeprefix("weight/"), name.split(".")[-2][0]
-        if "_proj." in name and part in "qkv":
-            key = key.replace(f"{part}_proj.", "in_proj_")
-            module[key] = torch.cat([module[key], value]) if key in module else value
-        else:
-            module[key] = value
+def _plain_checkpoint(folder: Path, spec: ModelSpec = VIT, **more: Any) -> Path:
+    """A checkpoint as DeepSpeed saves it without ZeRO."""
+    values = weights(spec)
+    module: dict[str, torch.Tensor] = OrderedDict()
+    for key in trainer_names(spec).shapes:
+        parts = [name for name in spec.params if trainer_names(spec).places[name].key == key]
+        whole = [values[f"weight/{name}"] for name in parts]
+        module[key] = whole[0] if len(parts) == 1 else torch.cat(whole, -1 if spec is GPT2 else 0)
+    if spec is GPT2:  # as its state dict has it: the tied head, and a buffer
+        module["lm_head.weight"] = module["transformer.wte.weight"]
+        module["transformer.h.0.attn.bias"] = torch.ones(1, 1, 9, 9)
     (folder / "global_step2").mkdir(parents=True)
     (folder / "latest").write_text("global_step2")
-    states = {"module": module, "buffer_names": [], "param_shapes": None, "dp_world_size": 2, "optimizer": None, **more}
-    torch.save(states, folder / "global_step2" / "mp_rank_00_model_states.pt")
+    states = {"module": module, "buffer_names": ["transformer.h.0.attn.bias"], "param_shapes": None, "dp_world_size": 2}
+    torch.save({**states, "optimizer": None, **more}, folder / "global_step2" / "mp_rank_00_model_states.pt")
     return folder
+
+
+def test_tied_heads_and_buffers_are_no_parameters(tmp_path: Path) -> None:
+    numbers = list(range(len(trainer_names(GPT2).shapes)))
+    shapes = trainer_names(GPT2).shapes.values()
+    state = {number: {"exp_avg": torch.full(shape, float(number))} for number, shape in zip(numbers, shapes)}
+    path = _plain_checkpoint(tmp_path / "x", GPT2, optimizer={"state": state, "param_groups": [{"params": numbers}]})
+    reader = open_reader(path, GPT2)
+    for name, value in weights(GPT2).items():
+        assert torch.equal(reader.read(name), value), name
+    assert (reader.read("exp_avg/transformer.ln_f.bias") == numbers[-1]).all()
 
 
 def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
@@ -279,12 +292,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_optimizer_state_without_zero_goes_by_the_order_of_the_groups(tmp_path: Path) -> None:
-    shapes = {
-        name: value.shape
-        for name, value in torch.load(_plain_checkpoint(tmp_path / "x") / "global_step2/mp_rank_00_model_states.pt")[
-            "module"
-        ].items()
-    }
+    shapes = {name: torch.Size(shape) for name, shape in trainer_names(VIT).shapes.items()}
     size = sum(shape.numel() for shape in shapes.values())
     flat = {kind: torch.randn(size) for kind in ("exp_avg", "exp_avg_sq", "master")}
     base = {
@@ -312,13 +320,14 @@ def test_optimizer_state_without_zero_goes_by_the_order_of_the_groups(tmp_path: 
     assert "do not say which of several groups" in reader.metadata()["notes"][0]
 
 
-def test_an_archive_that_was_written_twice_in_part_has_the_right_checksum(tmp_path: Path) -> None:
+def test_an_archive_that_was_written_twice_has_the_right_checksums(tmp_path: Path) -> None:
     value = torch.randn(6, 5)
+    (tmp_path / "a.pt").write_bytes(bytes(10000))  # what a killed run may have left
     archive = FilledArchive(tmp_path / "a.pt", ArchiveLayout(infos({"x": value})))
     archive.write("x", (0, 0), value * 2)
     archive.write("x", (0, 0), value)
     archive.close()
-    archive.seal([archive.progress()], {"x": Hole("x")})
+    digest, size = archive.seal([archive.progress()], {"x": Hole("x")})
+    assert (file_hash(tmp_path / "a.pt"), (tmp_path / "a.pt").stat().st_size) == (digest, size)
     assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
     assert torch.equal(torch.load(tmp_path / "a.pt")["x"], value)
-    shutil.rmtree(tmp_path)
