@@ -141,11 +141,13 @@ class Destination:
                 path.unlink()
 
     def _move_files(self, manifest_file: Path) -> None:
-        # The record of a replaced file goes first: a kill in between leaves a whole file without a record, never one
-        # beside the record of another.
+        # A new file comes after its record: it is not there, or there with its record. Where a file is replaced, its
+        # old record goes first: a kill in between leaves a whole file without one, never beside that of another.
+        replaced = self.path.exists()
         manifest_path(self.path).unlink(missing_ok=True)
-        os.replace(self.folder / self.path.name, self.path)
-        os.replace(manifest_file, manifest_path(self.path))
+        moves = [(manifest_file, manifest_path(self.path)), (self.folder / self.path.name, self.path)]
+        for source, target in reversed(moves) if replaced else moves:
+            os.replace(source, target)
         shutil.rmtree(self.folder)
 
     def discard(self) -> None:

@@ -160,12 +160,14 @@ def dcp_metadata_bytes(
     storage: dict[Any, Any] = {}
     for key, (shape, dtype) in tensors.items():
         properties = metadata.TensorProperties(dtype=dtype)
-        state[key] = metadata.TensorStorageMetadata(properties, torch.Size(shape), [])
+        state[sys.intern(key)] = metadata.TensorStorageMetadata(properties, torch.Size(shape), [])
+    # interned: equal strings are one object, whether or not they come from a journal, so that the pickle is the same
     for key, offsets, sizes, file, start, length in sorted(chunks):
         state[key].chunks.append(metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-        storage[metadata.MetadataIndex(key, offsets)] = filesystem._StorageInfo(file, start, length)
+        place = metadata.MetadataIndex(sys.intern(key), offsets)
+        storage[place] = filesystem._StorageInfo(sys.intern(file), start, length)
     for key, file, start, length in sorted(blobs):
-        state[key] = metadata.BytesStorageMetadata()
-        storage[metadata.MetadataIndex(key)] = filesystem._StorageInfo(file, start, length)
+        state[sys.intern(key)] = metadata.BytesStorageMetadata()
+        storage[metadata.MetadataIndex(sys.intern(key))] = filesystem._StorageInfo(sys.intern(file), start, length)
     content = metadata.Metadata(state, None, storage, metadata.StorageMeta(), "1.0.0")
     return pickle.dumps(content)

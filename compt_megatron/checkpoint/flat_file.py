@@ -109,15 +109,6 @@ class FlatFile:
             self.out.sums.update(at, data.data)
         return values
 
-    def mapped(self) -> dict[str, torch.Tensor]:
-        """All tensors, their bytes mapped from the file and not in memory; each is a storage of its own."""
-        found: dict[str, torch.Tensor] = {}
-        for key, info in self.tensors.items():
-            # mode "c": torch wants a writable buffer; nothing written to it would reach the file
-            data = np.memmap(self.path, np.uint8, "c", self._starts[key], (info.nbytes,))
-            found[key] = torch.from_numpy(data).view(info.dtype).view(info.shape)
-        return found
-
     def finish(self) -> None:
         """Make durable what this process wrote."""
         self.out.sync()
