@@ -191,7 +191,11 @@ class MegatronWriter(BoxWriter):
                 if plain in PADDED_KEYS:
                     shape = (self._padded_vocabulary() or shape[0], *shape[1:])
                 absent = [m for m in self._keys.members[plain] if f"{prefix}/{m}" not in self.declared]
-                assert not absent, f"{name} is declared without {prefix}/{absent[0]}, which shares its tensor"
+                if absent:  # such as layers that were frozen in training
+                    raise UserError(
+                        f"{self.destination.path}: '{name}' comes without '{prefix}/{absent[0]}', and Megatron keeps "
+                        "both in one tensor; choose another --format, or one that holds weights only"
+                    )
             stored[key] = (shape, info.dtype)
         return stored
 

@@ -22,6 +22,7 @@ from compt_megatron.checkpoint.formats import detect, open_reader, open_writer
 from compt_megatron.checkpoint.module_names import trainer_names
 from compt_megatron.checkpoint.sums import file_hash
 from compt_megatron.errors import UserError
+from compt_megatron.models.state import fuse, module_to_canonical
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
 from tests.unit.checkpoint_samples import (
@@ -250,15 +251,17 @@ class _Evil:
         return Path.touch, (self.path,)
 
 
-def _plain_checkpoint(folder: Path, spec: ModelSpec = VIT, **more: Any) -> Path:
-    """A checkpoint as DeepSpeed saves it without ZeRO."""
+def _plain_checkpoint(folder: Path, spec: ModelSpec = VIT, own: bool = False, **more: Any) -> Path:
+    """A checkpoint as DeepSpeed saves it without ZeRO. `own`: of this project's module, not of a user's."""
     values = weights(spec)
     module: dict[str, torch.Tensor] = OrderedDict()
-    for key in trainer_names(spec).shapes:
-        parts = [name for name in spec.params if trainer_names(spec).places[name].key == key]
-        whole = [values[f"weight/{name}"] for name in parts]
-        module[key] = whole[0] if len(parts) == 1 else torch.cat(whole, -1 if spec is GPT2 else 0)
-    if spec is GPT2:  # as its state dict has it: the tied head, and a buffer
+    for key, names in module_to_canonical(spec).items() if own else ():
+        parts = {name: values[f"weight/{name}"] for name in names}
+        module[f"module.model.{key}"] = fuse(spec, key, parts)
+    for key in () if own else trainer_names(spec).shapes:
+        whole = [values[f"weight/{name}"] for name in spec.params if trainer_names(spec).places[name].key == key]
+        module[key] = whole[0] if len(whole) == 1 else torch.cat(whole, -1 if spec is GPT2 else 0)
+    if spec is GPT2 and not own:  # as its state dict has it: the tied head, and a buffer
         module["lm_head.weight"] = module["transformer.wte.weight"]
         module["transformer.h.0.attn.bias"] = torch.ones(1, 1, 9, 9)
     (folder / "global_step2").mkdir(parents=True)
@@ -266,6 +269,16 @@ def _plain_checkpoint(folder: Path, spec: ModelSpec = VIT, **more: Any) -> Path:
     states = {"module": module, "buffer_names": ["transformer.h.0.attn.bias"], "param_shapes": None, "dp_world_size": 2}
     torch.save({**states, "optimizer": None, **more}, folder / "global_step2" / "mp_rank_00_model_states.pt")
     return folder
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["users", "own"])
+@pytest.mark.parametrize("spec", [CLIP, GPT2, LLAMA], ids=lambda spec: spec.name)
+def test_the_names_of_modules_are_found_out(tmp_path: Path, spec: ModelSpec, own: bool) -> None:
+    reader = open_reader(_plain_checkpoint(tmp_path / "x", spec, own), spec)
+    for name, value in weights(spec).items():
+        assert torch.equal(reader.read(name), value), name
+        box = tuple(slice(size // 3, size - size // 4) for size in value.shape)
+        assert torch.equal(reader.read(name, box), value[box]), name
 
 
 def test_tied_heads_and_buffers_are_no_parameters(tmp_path: Path) -> None:
