@@ -53,7 +53,11 @@ def _found(path: Path, pointers: tuple[str, ...], is_one: object) -> Path | None
 
 
 def _is_universal(folder: Path) -> bool:
-    return (folder / UNIVERSAL).is_dir()
+    if not (folder / UNIVERSAL).is_dir():
+        return False
+    return any(_MODEL_FILE.fullmatch(entry.name) for entry in folder.iterdir()) or any(
+        (entry / "fp32.pt").is_file() for entry in (folder / UNIVERSAL).iterdir()
+    )
 
 
 def _is_native(folder: Path) -> bool:

@@ -14,63 +14,19 @@ runtime/bf16_optimizer.py, runtime/fp16/.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compt_megatron.checkpoint.contract import Region, flat_boxes, region_shape
 from compt_megatron.checkpoint.deepspeed_files import ZeroFiles, zero_files
+from compt_megatron.checkpoint.flat_pieces import Parts, Piece, Shape, Shares, Tensors
 from compt_megatron.checkpoint.open_files import OpenFiles
 from compt_megatron.checkpoint.saved_archive import SavedArchive, StoredTensor
 from compt_megatron.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, stop) of a parameter are those from `at` on of a stored tensor."""
-
-    archive: SavedArchive
-    tensor: StoredTensor
-    start: int
-    stop: int
-    at: int
-
-
-@dataclass
-class Tensors:
-    """What one kind of state (weight, master, exp_avg, exp_avg_sq) holds: parameter -> its pieces and dtype."""
-
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-
-    def add(self, name: str, pieces: Iterable[Piece]) -> None:
-        self.pieces[name] = list(pieces)
-        self.dtypes[name] = self.pieces[name][0].tensor.dtype
-
-    def read(self, name: str, shape: Shape, box: Region) -> torch.Tensor:
-        """The values of a box of parameter `name`, seen as a tensor of `shape`, in its dtype."""
-        out = torch.empty(region_shape(box), dtype=self.dtypes[name])
-        if not out.numel():
-            return out
-        for piece in self.pieces[name]:
-            if piece.tensor.shape == shape and not piece.start and not piece.at:
-                return piece.archive.read(piece.tensor, box).to(out.dtype)
-            for stored, flat in flat_boxes(shape, piece.start, piece.stop):
-                common = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(stored, box)]
-                if any(low >= high for low, high in common):
-                    continue
-                inside = tuple(slice(low - part.start, high - part.start) for (low, high), part in zip(common, stored))
-                target = tuple(slice(low - part.start, high - part.start) for (low, high), part in zip(common, box))
-                at = piece.at + flat.start
-                out[target] = piece.archive.read_flat(piece.tensor, at, region_shape(stored), inside)
-        return out
 
 
 class ZeroFolder:
@@ -88,29 +44,35 @@ class ZeroFolder:
         self.notes: list[str] = []
         self._files = OpenFiles(os.O_RDONLY)
         files = zero_files(folder)
-        model = [SavedArchive(path, self._files, trust_pickle) for path in files.model]
-        self.model: dict[str, Any] = model[0].content
+        self._trust = trust_pickle
+        model = self._open(files.model[0])
+        self.model: dict[str, Any] = model.content
         try:
             self._check_ranks(files)
-            optimizer = [SavedArchive(path, self._files, trust_pickle) for path in files.optimizer]
-            states = [archive.content["optimizer_state_dict"] for archive in optimizer]
-            stage = int(states[0].get("zero_stage", 1)) if states else 0
-            if stage == 3:
-                self._read_sharded(model, optimizer, states)
+            if not files.optimizer:
+                self._read_whole_weights(model)
+                self._read_plain(model)
+            elif int(self._state(self._open(files.optimizer[0])).get("zero_stage", 1)) == 3:
+                self._read_sharded(files)
             else:
-                self._read_whole_weights(model[0])
-                if stage:
-                    self._read_partitions(optimizer, states)
-                else:
-                    self._read_plain(model[0])
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+                self._read_whole_weights(model)
+                self._read_partitions(files)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{folder}: not laid out as DeepSpeed does ({reason}); use another checkpoint") from error
         self._drop_masters_that_are_the_weights()
 
+    def _open(self, path: Path) -> SavedArchive:
+        return SavedArchive(path, self._files, self._trust)
+
+    @staticmethod
+    def _state(archive: SavedArchive) -> dict[str, Any]:
+        found: dict[str, Any] = archive.content["optimizer_state_dict"]
+        return found
+
     def _check_ranks(self, files: ZeroFiles) -> None:
         ranks = int(self.model["dp_world_size"])
-        if self.model["param_shapes"] is None:
+        if self.model.get("param_shapes") is None:
             return
         sharded = files.model[0].name.startswith("zero_")
         for kind, found in (("model", files.model if sharded else []), ("optimizer", files.optimizer)):
@@ -123,12 +85,12 @@ class ZeroFolder:
     def _read_whole_weights(self, model: SavedArchive) -> None:
         for name, tensor in self._module_tensors().items():
             self.shapes[name] = tensor.shape
-            self.states["weight"].add(name, [_whole(model, tensor)])
+            self.states["weight"].add(name, _whole(model, tensor))
 
     def _module_tensors(self) -> dict[str, StoredTensor]:
         """The parameters of the module's state dict: no buffers, tied ones once."""
         found: dict[str, StoredTensor] = {}
-        buffers = set(self.model["buffer_names"])
+        buffers = set(self.model.get("buffer_names") or ())
         seen: set[tuple[int, Shape]] = set()
         for name, tensor in self.model["module"].items():
             if not isinstance(tensor, StoredTensor) or name in buffers:
@@ -141,64 +103,78 @@ class ZeroFolder:
 
     # -- ZeRO 1 and 2 ------------------------------------------------------------------------------------------------
 
-    def _read_partitions(self, archives: list[SavedArchive], ranks: list[dict[str, Any]]) -> None:
-        counts = ranks[0]["partition_count"]
-        if {int(count) for count in (counts if isinstance(counts, list) else [counts])} != {len(ranks)}:
-            raise UserError(
-                f"{self.folder}: groups are cut over {counts} of {len(ranks)} ranks; experts are not supported"
-            )
-        flats = [_flat_groups(rank) for rank in ranks]
+    def _read_partitions(self, files: ZeroFiles) -> None:
+        flats, first = self._flats(files.optimizer, _flat_groups)
+        counts, ranks = first["partition_count"], len(flats)
+        if {int(count) for count in (counts if isinstance(counts, list) else [counts])} != {ranks}:
+            raise UserError(f"{self.folder}: groups are cut over {counts} of {ranks} ranks; experts are not supported")
         for index, shapes in enumerate(self.model["param_shapes"]):
-            paddings = (ranks[0].get("param_alignment_paddings") or [[]] * (index + 1))[index] or [0] * len(shapes)
+            paddings = (first.get("param_alignment_paddings") or [[]] * (index + 1))[index] or [0] * len(shapes)
             size = flats[0][index].size  # of every partition: only that of the last rank with any is cut short
             at = 0
             for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
                 self.shapes.setdefault(name, tuple(shape))
                 start, at = at, at + prod(shape)
+                own = range(start // size, ceil(at / size))
                 for kind in flats[0][index].tensors:
-                    pieces = [
-                        _part(archives[rank], flats[rank][index].tensors[kind], start, at, rank * size, size)
-                        for rank in range(len(ranks))
-                        if rank * size < at and start < (rank + 1) * size
-                    ]
-                    self.states[kind].add(name, pieces)
-                if (step := flats[0][index].step) is not None:
-                    self.steps[name] = _number(archives[0], step)
+                    stored = [(flats[rank][index].archive, flats[rank][index].tensors[kind]) for rank in own]
+                    parts = (_part(*pair, start, at, rank * size, size) for rank, pair in zip(own, stored, strict=True))
+                    self.states[kind].add(name, Parts(tuple(parts)))
+                self._count(name, flats[0][index])
                 at += padding
+
+    def _flats(self, files: list[Path], read: Callable[[SavedArchive], list[_Flat]]) -> tuple[list[list[_Flat]], Any]:
+        """Each rank's flat tensors, and the state of the first rank. What else is in the files is not kept."""
+        flats, first = [], None
+        for path in files:
+            archive = self._open(path)
+            first = self._state(archive) if first is None else first
+            flats.append(read(archive))
+            archive.content = None
+        return flats, first
+
+    def _count(self, name: str, flat: _Flat) -> None:
+        if flat.step is not None:
+            self.steps[name] = _number(flat.archive, flat.step)
 
     # -- ZeRO 3 ------------------------------------------------------------------------------------------------------
 
-    def _read_sharded(
-        self, model: list[SavedArchive], archives: list[SavedArchive], ranks: list[dict[str, Any]]
-    ) -> None:
-        if ranks[0].get("ds_zero_partition_groups"):
+    def _read_sharded(self, files: ZeroFiles) -> None:
+        flats, first = self._flats(files.optimizer, _sub_groups)
+        if first.get("ds_zero_partition_groups"):
             raise UserError(f"{self.folder}: experts are not supported; only dense models can be read")
-        flats = [_sub_groups(rank) for rank in ranks]
         for index, shapes in enumerate(self.model["param_shapes"]):
+            stored = {
+                kind: [(rank[index].archive, rank[index].tensors[kind]) for rank in flats]
+                for kind in flats[0][index].tensors
+            }
             at = 0
             for name, shape in shapes.items():
-                numel = prod(shape)
-                share = ceil(numel / len(ranks))
                 self.shapes[name] = tuple(shape)
-                for kind in flats[0][index].tensors:
-                    stored = [flat[index].tensors[kind] for flat in flats]
-                    self.states[kind].add(name, _shares(archives, stored, at, numel, share))
-                if (step := flats[0][index].step) is not None:
-                    self.steps[name] = _number(archives[0], step)
-                at += share
-        weight = self.states["weight"]
+                for kind, pairs in stored.items():
+                    shares = Shares(pairs, at, prod(shape))
+                    self.states[kind].add(name, shares)
+                self._count(name, flats[0][index])
+                at += shares.share
+            for archive, tensor in (pair for pairs in stored.values() for pair in pairs):
+                Piece(archive, tensor, 0, at, 0).check()
         for name, tensor in self._module_tensors().items():
             if name in self.shapes:  # kept as the master; the module says in which dtype it trains
-                weight.pieces[name], weight.dtypes[name] = self.states["master"].pieces[name], tensor.dtype
-        for name, shape in (self.model.get("frozen_param_shapes") or {}).items():
-            fragments = [archive.content["frozen_param_fragments"][name] for archive in model]
+                self.states["weight"].add(name, self.states["master"].pieces[name], tensor.dtype)
+        if frozen := self.model.get("frozen_param_shapes"):
+            self._read_frozen(files, frozen)
+
+    def _read_frozen(self, files: ZeroFiles, frozen: dict[str, Any]) -> None:
+        archives = [self._open(path) for path in files.model]
+        for name, shape in frozen.items():
+            stored = [(archive, archive.content["frozen_param_fragments"][name]) for archive in archives]
             self.shapes[name] = tuple(shape)
-            weight.add(name, _shares(model, fragments, 0, prod(shape), ceil(prod(shape) / len(model))))
+            self.states["weight"].add(name, Shares(stored, 0, prod(shape)))
 
     # -- ZeRO 0 ------------------------------------------------------------------------------------------------------
 
     def _read_plain(self, model: SavedArchive) -> None:
-        stored = self.model["optimizer"]
+        stored = self.model.get("optimizer")
         if not stored:
             return
         base = stored.get("optimizer_state_dict", stored)
@@ -228,8 +204,8 @@ class ZeroFolder:
                 stop = at + prod(self.shapes[name])
                 for kind in ("master", *MOMENTS):
                     if kind in state:
-                        flat_part = _part(model, state[kind], at, stop, 0, stop) if flat is not None else None
-                        self.states[kind].add(name, [flat_part or _whole(model, state[kind])])
+                        part = Parts((_part(model, state[kind], at, stop, 0, stop),)) if flat is not None else None
+                        self.states[kind].add(name, part or _whole(model, state[kind]))
                 if "step" in state:
                     self.steps[name] = _number(model, state["step"])
                 at = stop
@@ -249,67 +225,52 @@ class ZeroFolder:
 class _Flat:
     """One rank's flat tensors of a group, by kind of state; `size`: elements in each; `step`: the group's count."""
 
+    archive: SavedArchive
     tensors: dict[str, StoredTensor]
     size: int
     step: Any
 
 
-def _flat_groups(rank: dict[str, Any]) -> list[_Flat]:
+def _flat(archive: SavedArchive, master: StoredTensor, state: dict[str, Any], group: dict[str, Any]) -> _Flat:
+    tensors = {"master": master} | {kind: state[kind] for kind in MOMENTS if kind in state}
+    return _Flat(archive, tensors, master.numel, state.get("step", group.get("step")))
+
+
+def _flat_groups(archive: SavedArchive) -> list[_Flat]:
     """What a rank's file of ZeRO 1 or 2 holds, by parameter group."""
-    base = rank["base_optimizer_state"]
-    found = []
+    rank = archive.content["optimizer_state_dict"]
+    base, found = rank["base_optimizer_state"], []
     for index, master in enumerate(rank["single_partition_of_fp32_groups"]):
         if isinstance(base, list):  # "elastic": states without padding, the step beside
             state, group = base[index], {"step": rank.get("base_optimizer_state_step")}
         else:
             group = base["param_groups"][index]
             state = base["state"].get(group["params"][0], {})
-        tensors = {"master": master} | {kind: state[kind] for kind in MOMENTS if kind in state}
-        found.append(_Flat(tensors, master.numel, state.get("step", group.get("step"))))
+        found.append(_flat(archive, master, state, group))
     return found
 
 
-def _sub_groups(rank: dict[str, Any]) -> list[_Flat]:
+def _sub_groups(archive: SavedArchive) -> list[_Flat]:
     """What a rank's file of ZeRO 3 holds, by sub-group."""
-    states = rank["optimizer_state_dict"]["state"]
-    groups = {number: group for group in rank["optimizer_state_dict"]["param_groups"] for number in group["params"]}
-    found = []
-    for index, master in enumerate(rank["fp32_flat_groups"]):
-        state = states.get(index, {})
-        tensors = {"master": master} | {kind: state[kind] for kind in MOMENTS if kind in state}
-        found.append(_Flat(tensors, master.numel, state.get("step", groups.get(index, {}).get("step"))))
-    return found
+    rank = archive.content["optimizer_state_dict"]
+    base = rank["optimizer_state_dict"]
+    groups = {number: group for group in base["param_groups"] for number in group["params"]}
+    return [
+        _flat(archive, master, base["state"].get(index, {}), groups.get(index, {}))
+        for index, master in enumerate(rank["fp32_flat_groups"])
+    ]
 
 
-def _whole(archive: SavedArchive, tensor: StoredTensor) -> Piece:
-    return Piece(archive, tensor, 0, tensor.numel, 0)
+def _whole(archive: SavedArchive, tensor: StoredTensor) -> Parts:
+    return Parts((Piece(archive, tensor, 0, tensor.numel, 0),))
 
 
 def _part(archive: SavedArchive, flat: StoredTensor, start: int, stop: int, base: int, size: int) -> Piece:
     """What a partition, which is the elements [base, base + size) of its group, holds of the elements [start, stop)."""
     low, high = max(start, base), min(stop, base + size)
     piece = Piece(archive, flat, low - start, high - start, low - base)
-    _check_room(archive, flat, piece)
+    piece.check()
     return piece
-
-
-def _shares(archives: list[SavedArchive], stored: list[StoredTensor], at: int, numel: int, share: int) -> list[Piece]:
-    """The pieces of a parameter that is cut into equal shares, one a rank, which lies at `at` in each rank's tensor."""
-    pieces = []
-    for rank, (archive, flat) in enumerate(zip(archives, stored, strict=True)):
-        start, stop = rank * share, min((rank + 1) * share, numel)
-        if start < stop:
-            pieces.append(Piece(archive, flat, start, stop, at))
-            _check_room(archive, flat, pieces[-1])
-    return pieces
-
-
-def _check_room(archive: SavedArchive, flat: StoredTensor, piece: Piece) -> None:
-    if len(flat.shape) != 1 or piece.at + piece.stop - piece.start > flat.room:
-        raise UserError(
-            f"{archive.path}: holds {flat.numel} elements of a group where more are expected; use a checkpoint whose "
-            "parameters and optimizer state are not offloaded to NVMe"
-        )
 
 
 def _number(archive: SavedArchive, value: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import random
 import zipfile
@@ -18,8 +19,11 @@ from compt_megatron.checkpoint import writing
 from compt_megatron.checkpoint.api import check, convert, inspect, weight_hash
 from compt_megatron.checkpoint.contract import Writer
 from compt_megatron.checkpoint.filled_archive import ArchiveLayout, FilledArchive, Hole
+from compt_megatron.checkpoint.flat_pieces import Shares, Tensors
 from compt_megatron.checkpoint.formats import detect, open_reader, open_writer
 from compt_megatron.checkpoint.module_names import trainer_names
+from compt_megatron.checkpoint.open_files import OpenFiles
+from compt_megatron.checkpoint.saved_archive import SavedArchive
 from compt_megatron.checkpoint.sums import file_hash
 from compt_megatron.errors import UserError
 from compt_megatron.models.state import fuse, module_to_canonical
@@ -344,3 +348,18 @@ def test_an_archive_that_was_written_twice_has_the_right_checksums(tmp_path: Pat
     assert (file_hash(tmp_path / "a.pt"), (tmp_path / "a.pt").stat().st_size) == (digest, size)
     assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
     assert torch.equal(torch.load(tmp_path / "a.pt")["x"], value)
+
+
+def test_shares_of_a_parameter_are_told_from_a_tensor_of_its_shape(tmp_path: Path) -> None:
+    files = OpenFiles(os.O_RDONLY)
+    stored, state = [], Tensors()
+    for rank in range(2):
+        torch.save(torch.arange(24.0) + 100 * rank, tmp_path / f"{rank}.pt")
+        archive = SavedArchive(tmp_path / f"{rank}.pt", files)
+        stored.append((archive, archive.content))
+    for index, name in enumerate(("first", "second")):  # of 24 elements, like the tensor that holds half of each
+        state.add(name, Shares(stored, 12 * index, 24))
+        want = torch.cat([torch.arange(12.0) + 12 * index, torch.arange(12.0) + 12 * index + 100])
+        assert torch.equal(state.read(name, (24,), (slice(0, 24),)), want)
+        assert torch.equal(state.read(name, (4, 6), (slice(1, 4), slice(2, 5))), want.view(4, 6)[1:4, 2:5])
+    files.close()
