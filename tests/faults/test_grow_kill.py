@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "KEEP", 60_000)
     monkeypatch.setattr(out_file, "_BLOCK", 16 * 4096)
     monkeypatch.setattr(out_file, "_WORTH", 3 * 4096)
+    monkeypatch.setattr(out_file, "_this", threading.local())  # blocks of that size stay in this test
 
 
 def in_child(body: Callable[[], object]) -> int:
