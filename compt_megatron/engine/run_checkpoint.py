@@ -20,7 +20,7 @@ from compt_megatron.errors import UserError
 from compt_megatron.models.state import fuse, split_fused
 from compt_megatron.spec.table import ModelSpec
 
-_STEP = "step/optimizer"  # one count: all parameters step together
+_ONE_STEP = "step/optimizer"  # the one count that the first version saved
 
 
 class RunCheckpoint:
@@ -41,7 +41,8 @@ class RunCheckpoint:
             exchange=self._runtime.exchange, overwrite=True,
         )  # fmt: skip
         try:
-            writer.declare({**self._declared(prefixes), _STEP: TensorInfo((), torch.int64)})
+            steps = {f"step/{name}": TensorInfo((), torch.float32) for name in self._spec.params}
+            writer.declare({**self._declared(prefixes), **steps})
             for index, (name, param) in enumerate(self._student.named_parameters()):
                 master = self._state.master(param)
                 tensors = {"weight": master.to(self._dtype), "master": master}
@@ -52,7 +53,8 @@ class RunCheckpoint:
                     for member, tensor in self._split(name, tensors[prefix]).items():
                         writer.write(_boundary_name(prefix, member), (0,) * tensor.dim(), tensor.contiguous())
             if self._runtime.is_main:
-                writer.write(_STEP, (), torch.tensor(self._state.step))
+                for name in steps:  # all parameters step together; other optimizers, and growth, count each
+                    writer.write(name, (), torch.tensor(float(self._state.step)))
             return writer.commit(metadata)
         except BaseException:
             writer.abort()
@@ -71,10 +73,13 @@ class RunCheckpoint:
                     f"{self._spec.name!r}; name a checkpoint of this link's model"
                 )
             held = reader.tensors()
-            resumed = optimizer and _STEP in held
+            count = next(
+                (name for name in (_ONE_STEP, *map("step/{}".format, self._spec.params)) if name in held), None
+            )
+            resumed = optimizer and count is not None
             for name, param in self._student.named_parameters():
                 self._load_one(reader, held, path, name, param, resumed)
-            self._state.step = int(reader.read(_STEP)) if resumed else 0
+            self._state.step = int(reader.read(count)) if resumed and count is not None else 0
             return reader.metadata(), resumed
         finally:
             reader.close()

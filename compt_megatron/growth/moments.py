@@ -34,6 +34,8 @@ from compt_megatron.growth.request import Moments
 from compt_megatron.growth.segments import Segment, merged
 from compt_megatron.spec.table import Param
 
+_ONE_STEP = "step/optimizer"  # the first run checkpoints have one count for all parameters
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -96,8 +98,11 @@ def with_source_states(plan: GrowthPlan, tensors: dict[str, TensorInfo]) -> Grow
     """
     if not plan.states:
         return plan
-    states = {}
-    for prefix, grown in plan.states.items():
+    planned, states = dict(plan.states), {}
+    if _ONE_STEP in tensors:
+        one = (Part((), Copy(_ONE_STEP.removeprefix("step/"), ())),)
+        planned["step"] = {name: replace(tensor, parts=one) for name, tensor in planned["step"].items()}
+    for prefix, grown in planned.items():
         sources = {source for tensor in grown.values() for source in tensor.sources()}
         missing = sorted(name for name in sources if f"{prefix}/{name}" not in tensors)
         if len(missing) == len(sources):

@@ -177,6 +177,16 @@ def test_master_and_step_follow() -> None:
     assert states["step"][name] == steps[name.replace("layers.2", "layers.1")]
 
 
+def test_one_count_for_all_parameters_is_taken_for_each() -> None:
+    """As the first version's run checkpoints have it."""
+    growth, _, _ = made(llama(), llama(48, 8, 4, 2, 80, 6), moments="grow")
+    held = {f"{p}/{n}": TensorInfo(param.shape, torch.float32) for n, param in growth.source.params.items()
+            for p in ("weight", "exp_avg", "exp_avg_sq")} | {"step/optimizer": TensorInfo((), torch.int64)}  # fmt: skip
+    grown = with_source_states(growth, held)
+    assert grown.states["step"].keys() == growth.target.params.keys()
+    assert {source for tensor in grown.states["step"].values() for source in tensor.sources()} == {"optimizer"}
+
+
 def test_a_source_without_moments() -> None:
     growth, _, _ = made(llama(), llama(48, 8, 4, 2, 80, 6), moments="grow")
     names = {f"weight/{name}": TensorInfo(param.shape, torch.float32) for name, param in growth.source.params.items()}
