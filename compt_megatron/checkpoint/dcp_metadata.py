@@ -1,19 +1,20 @@
 """The `.metadata` file of torch.distributed.checkpoint, read without running what a pickle may ask for.
 
-Reading makes plain records of our own in the place of torch's classes: importing those takes as long as torch itself.
+Neither reading nor writing imports torch's classes, which takes nearly as long as importing torch: plain records of our
+own stand for them.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
 import pathlib
 import pickle
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -136,14 +137,6 @@ def read_dcp_metadata(path: Path, trust_pickle: bool) -> Metadata:
     return found
 
 
-def import_beside() -> None:
-    """Begin to import what `dcp_metadata_bytes` needs, in a thread: who will call it has other things to do first."""
-    if f"{_TORCH}filesystem" not in sys.modules:
-        thread = Thread(target=importlib.import_module, args=(f"{_TORCH}filesystem",), daemon=True)
-        thread.start()
-        os.register_at_fork(before=thread.join)  # a module that is half imported would stay so in the child
-
-
 def dcp_metadata_bytes(
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
     chunks: list[tuple[str, tuple[int, ...], tuple[int, ...], str, int, int]],
@@ -154,20 +147,75 @@ def dcp_metadata_bytes(
     `tensors`: key -> (global shape, dtype); `chunks`: (key, offsets, sizes, file, byte offset, byte length) of each
     stored box; `blobs`: (key, file, byte offset, byte length) of each stored object.
     """
-    from torch.distributed.checkpoint import filesystem, metadata
-
+    make = _makers()
     state: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     for key, (shape, dtype) in tensors.items():
-        properties = metadata.TensorProperties(dtype=dtype)
-        state[sys.intern(key)] = metadata.TensorStorageMetadata(properties, torch.Size(shape), [])
+        properties = make.TensorProperties(dtype=dtype)
+        state[sys.intern(key)] = make.TensorStorageMetadata(properties=properties, size=torch.Size(shape), chunks=[])
     # interned: equal strings are one object, whether or not they come from a journal, so that the pickle is the same
     for key, offsets, sizes, file, start, length in sorted(chunks):
-        state[key].chunks.append(metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-        place = metadata.MetadataIndex(sys.intern(key), offsets)
-        storage[place] = filesystem._StorageInfo(sys.intern(file), start, length)
+        box = make.ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+        state[key].chunks.append(box)
+        place = make.MetadataIndex(fqn=sys.intern(key), index=None, offset=torch.Size(offsets))
+        storage[place] = make._StorageInfo(relative_path=sys.intern(file), offset=start, length=length)
     for key, file, start, length in sorted(blobs):
-        state[sys.intern(key)] = metadata.BytesStorageMetadata()
-        storage[metadata.MetadataIndex(sys.intern(key))] = filesystem._StorageInfo(sys.intern(file), start, length)
-    content = metadata.Metadata(state, None, storage, metadata.StorageMeta(), "1.0.0")
-    return pickle.dumps(content)
+        state[sys.intern(key)] = make.BytesStorageMetadata()
+        place = make.MetadataIndex(fqn=sys.intern(key), index=None)
+        storage[place] = make._StorageInfo(relative_path=sys.intern(file), offset=start, length=length)
+    about = make.StorageMeta(checkpoint_id=None, save_id=None, load_id=None, modules=[])
+    content = make.Metadata(
+        state_dict_metadata=state, planner_data=None, storage_data=storage, storage_meta=about, version="1.0.0"
+    )
+    with _named_as_torch(make):
+        return pickle.dumps(content, protocol=4)
+
+
+def _makers() -> SimpleNamespace:
+    """Torch's classes if they are loaded, else classes of ours that pickle writes as torch's."""
+    modules = [sys.intern(f"{_TORCH}{name}") for name in ("metadata", "filesystem")]
+    if all(module in sys.modules for module in modules):
+        return SimpleNamespace(**{name: getattr(sys.modules[modules[kind]], name) for name, kind in _WRITTEN.items()})
+    made: dict[str, Any] = {
+        name: type(name, (_Plain,), {"__module__": modules[kind]}) for name, kind in _WRITTEN.items()
+    }
+    contiguous = made["_MEM_FORMAT_ENCODING"]()
+    made["_MEM_FORMAT_ENCODING"].__reduce__ = lambda self: (type(self), (0,))
+    made["TensorProperties"].__getstate__ = lambda self: (self.dtype, torch.strided, False, contiguous, False)
+    return SimpleNamespace(**made)
+
+
+class _Plain:
+    """An object whose attributes are what it is made with."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+# torch's classes that are written, and whether they are of its module `metadata` (0) or `filesystem` (1)
+_WRITTEN = {
+    "BytesStorageMetadata": 0,
+    "ChunkStorageMetadata": 0,
+    "Metadata": 0,
+    "MetadataIndex": 0,
+    "StorageMeta": 0,
+    "TensorProperties": 0,
+    "TensorStorageMetadata": 0,
+    "_MEM_FORMAT_ENCODING": 0,
+    "_StorageInfo": 1,
+}
+
+
+@contextmanager
+def _named_as_torch(make: SimpleNamespace) -> Iterator[None]:
+    """Inside, pickle finds the classes of ours where torch's would be: it writes no name that it cannot look up."""
+    stubs: dict[str, ModuleType] = {}
+    for name, made in vars(make).items():
+        if made.__module__ not in sys.modules or made.__module__ in stubs:
+            setattr(stubs.setdefault(made.__module__, ModuleType(made.__module__)), name, made)
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            del sys.modules[name]

@@ -22,7 +22,7 @@ _PREFIX = ".journal-"
 
 
 class Box(NamedTuple):
-    """A box of a tensor that was written: its place, and xxh3 (64 bits, hex) of its bytes."""
+    """A box of a tensor that was written: its place, and xxh3 (64 bits, hex) of its bytes, if it can be read back."""
 
     name: str
     offsets: tuple[int, ...]

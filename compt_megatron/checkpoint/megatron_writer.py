@@ -11,7 +11,7 @@ import torch
 
 from compt_megatron.checkpoint.commit import SINGLE_FILES, HashedFile
 from compt_megatron.checkpoint.contract import Layout, Task, TensorInfo, split_name
-from compt_megatron.checkpoint.dcp_metadata import dcp_metadata_bytes, import_beside
+from compt_megatron.checkpoint.dcp_metadata import dcp_metadata_bytes
 from compt_megatron.checkpoint.journal import Entry
 from compt_megatron.checkpoint.megatron_keys import STATE, MegatronKeys
 from compt_megatron.checkpoint.megatron_layout import Cutter, check_layout
@@ -66,8 +66,6 @@ class MegatronWriter(BoxWriter):
         super().__init__(task)
         self._inside = self.folder / self.inner
         self.party.lead(lambda: self._inside.mkdir(exist_ok=True))
-        if self.party.leads:
-            import_beside()
         self._keys = MegatronKeys(task.spec)
         self._cutter = Cutter(task.spec, task.layout, self._padded_vocabulary())
         self._files = ChunkFiles(self._inside, task.rank)

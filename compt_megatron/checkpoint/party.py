@@ -16,6 +16,7 @@ class Party:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         assert world == 1 or exchange is not None, "several ranks need an exchange function"
         self.rank, self.world, self._exchange = rank, world, exchange
+        self._over = False  # a step failed: all ranks know, and nobody waits for another one
 
     @property
     def leads(self) -> bool:
@@ -36,6 +37,7 @@ class Party:
         # A failure travels as text: an exception of one rank need not be picklable.
         failure = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
         rows = self._exchange((value, failure))
+        self._over = any(other is not None for _, other in rows)
         if error is not None:
             raise error
         for rank, (_, other) in enumerate(rows):
@@ -49,6 +51,7 @@ class Party:
         return self.share(lambda: act() if self.leads else None)[0]
 
     def desert(self, reason: str) -> None:
-        """Tell the others, who wait in their next collective step, that this rank gave up."""
-        if self.world > 1 and self._exchange is not None:
+        """Tell the others, who wait in their next collective step, that this rank gave up (unless they know)."""
+        if self.world > 1 and self._exchange is not None and not self._over:
+            self._over = True
             self._exchange((None, (False, reason)))

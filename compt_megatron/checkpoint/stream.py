@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,15 @@ def stream(
     before = sum(torch.Size(sizes).numel() * infos[name].dtype.itemsize for name, (_, sizes) in kept)
     if checks is not None:
         checks.begin()
-    with _one_thread():
-        for unit in mine:
-            for name, region in unit:
-                offsets = tuple(side.start for side in region)
-                if (name, (offsets, region_shape(region))) not in kept:
-                    writer.write(name, offsets, make(name, region))
-                done += nbytes(name, region)
+
+    def wanted(name: str, region: Region) -> bool:
+        return (name, (tuple(side.start for side in region), region_shape(region))) not in kept
+
+    with closing(_made_ahead(make, [[box for box in unit if wanted(*box)] for unit in mine])) as made:
+        for unit, boxes in zip(mine, made, strict=True):
+            for name, region, values in boxes:
+                writer.write(name, tuple(side.start for side in region), values)
+            done += sum(nbytes(name, region) for name, region in unit)
             if isinstance(writer, BoxWriter):
                 writer.keep()
             if place.progress is not None:
@@ -62,13 +65,26 @@ def stream(
                 checks.look()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch without threads of its own: the other processors write and hash meanwhile."""
+def _made_ahead(make: Make, units: list[Unit]) -> Generator[list[tuple[str, Region, torch.Tensor]], None, None]:
+    """The units with their values: a thread makes the next one while the caller writes this one.
+
+    Torch has no threads of its own meanwhile: there are enough that read, make, hash and write.
+    """
+
+    def work(unit: Unit) -> list[tuple[str, Region, torch.Tensor]]:
+        return [(name, region, make(name, region)) for name, region in unit]
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(1, "make") as thread:
+            ahead = [thread.submit(work, unit) for unit in units[:1]]
+            for index in range(len(units)):
+                found = ahead.pop().result()
+                if index + 1 < len(units):
+                    ahead.append(thread.submit(work, units[index + 1]))
+                yield found
+                del found
     finally:
         torch.set_num_threads(before)
 

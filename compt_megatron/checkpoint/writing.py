@@ -41,7 +41,8 @@ class BoxWriter(ABC):
     def __init__(self, task: Task) -> None:
         self.spec, self.layout = task.spec, task.layout
         mine = type(self)
-        continuable = mine._restore is not BoxWriter._restore or mine._read_back is not BoxWriter._read_back
+        self._reads_back = mine._read_back is not BoxWriter._read_back
+        continuable = mine._restore is not BoxWriter._restore or self._reads_back
         self._request = task.request if continuable else None
         self.destination = Destination(task.path, task.rank, task.world, task.exchange, task.overwrite, self._request)
         self.party = self.destination.party
@@ -196,7 +197,7 @@ class BoxWriter(ABC):
         self._boxes.setdefault(name, []).append((offsets, sizes))
         self._put(name, offsets, tensor)
         if self._journal is not None:
-            self._unkept.append(Box(name, offsets, sizes, box_hash(tensor)))
+            self._unkept.append(Box(name, offsets, sizes, box_hash(tensor) if self._reads_back else ""))
             self._unkept_bytes += tensor.nbytes
 
     def commit(self, metadata: dict[str, Any]) -> Path:

@@ -135,9 +135,17 @@ def _files(
 def _peak_memory() -> int:
     """What this process has needed so far (the interpreter and torch, mostly), the blocks on their way to the disk, and
     a slab's source, result and fp32 values in between."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return now + BLOCK_BYTES + 16 * SLAB
+    return _memory() + BLOCK_BYTES + 24 * SLAB
+
+
+def _memory() -> int:
+    """What this process has, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _disk_speed(dst: Path) -> tuple[float, float]:

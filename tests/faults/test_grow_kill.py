@@ -41,6 +41,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small model is written in many pieces and noted often."""
     monkeypatch.setattr(stream, "SLAB", 10_000)
     monkeypatch.setattr(writing, "KEEP", 60_000)
+    monkeypatch.setattr(out_file, "_this", threading.local())  # blocks of that size
     monkeypatch.setattr(out_file, "_BLOCK", 16 * 4096)
     monkeypatch.setattr(out_file, "_WORTH", 3 * 4096)
     monkeypatch.setattr(out_file, "_this", threading.local())  # blocks of that size stay in this test
