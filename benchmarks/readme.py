@@ -119,6 +119,7 @@ def other_section(results: Path) -> str:
         demo_time_row(_load(results, "demo")),
         *parity_rows(_load(results, "open_clip_parity")),
         *exactness_rows(_load(results, "growth_exactness")),
+        *grow_rows(_load(results, "grow")),
         *modelled_rows(),
         ("accuracy of the CC3M and Merged-15M chains", "-", NOT_YET, "`compt train cc3m`"),
         ("throughput on GPUs, scaling over nodes", "-", NOT_YET, "-"),
@@ -163,6 +164,25 @@ def exactness_rows(result: dict[str, Any] | None) -> list[Row]:
         errors = [error for pair in pairs for error in pair[kind].values()]
         text = f"{max(errors):.1e}" if max(errors) < 0.01 else f"{max(errors):.2f}"
         rows.append((what, f"{text} over {len(pairs)} pairs", known, command))
+    return rows
+
+
+def grow_rows(result: dict[str, Any] | None) -> list[Row]:
+    """Throughput and memory of the grow tool, from grow.json. A task's ratio is against the slower of cp + sync and,
+    where entries are new, the generator alone."""
+    if not result:
+        what = "throughput of `grow` and `convert` beside `cp` + `sync`, memory of a worker"
+        return [(what, "-", NOT_YET, "`python benchmarks/grow.py`")]
+    known, command = f"measured ({machine(result.get('machine'))})", f"`{result['command']}`"
+    rows = []
+    for name, found in result["tasks"].items():
+        beside = "the generator alone" if name.startswith("exact") else "`cp` + `sync`"
+        value = f"{found['MB_per_second']} MB/s, {found['ratio']:.2f} of {beside}; {found['peak_MiB']} MiB"
+        rows.append((f"{name}, {found['bytes'] / 1e9:.1f} GB", value, known, command))
+    for name, found in result["peers"].items():
+        if "MB_per_second" in found:
+            value = f"{found['MB_per_second']} MB/s; {found['peak_MiB']} MiB"
+            rows.append((f"{name} for the same ({found['task']})", value, known, command))
     return rows
 
 

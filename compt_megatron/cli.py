@@ -58,6 +58,7 @@ def grow(args: Arguments) -> None:
     from compt_megatron.growth.api import Certificate, GrowthPlan
     from compt_megatron.growth.api import grow as grow_checkpoint
 
+    sharing = _sharing(args)
     with _transfer(args) as transfer:
         made = grow_checkpoint(
             args.src,
@@ -78,8 +79,10 @@ def grow(args: Arguments) -> None:
             dry_run=args.dry_run,
             trust_pickle=args.trust_pickle,
             progress=transfer,
-            **_workers(args),
+            **sharing,
         )
+    if "exchange" in sharing and not args.dry_run:
+        transfer.add_up(sharing["exchange"])
     if not transfer.leads:
         return
     if isinstance(made, GrowthPlan):
@@ -99,6 +102,7 @@ def convert(args: Arguments) -> None:
     from compt_megatron.checkpoint.api import convert as convert_checkpoint
     from compt_megatron.checkpoint.contract import Layout, dtype_of
 
+    sharing = _sharing(args)
     with _transfer(args) as transfer:
         left_out = convert_checkpoint(
             args.src,
@@ -110,8 +114,10 @@ def convert(args: Arguments) -> None:
             overwrite=args.overwrite,
             trust_pickle=args.trust_pickle,
             progress=transfer,
-            **_workers(args),
+            **sharing,
         )
+    if "exchange" in sharing:
+        transfer.add_up(sharing["exchange"])
     if transfer.leads:
         print("\n".join([f"{args.dst}: written as {args.format}", *left_out, transfer.summary()]))
 
@@ -194,7 +200,7 @@ def _transfer(args: Arguments) -> Transfer:
     return Transfer(str(args.dst), quiet=getattr(args, "json", False) or getattr(args, "dry_run", False))
 
 
-def _workers(args: Arguments) -> dict[str, Any]:
+def _sharing(args: Arguments) -> dict[str, Any]:
     """How the work is shared: --workers, or the processes of torchrun."""
     from compt_megatron.checkpoint.workers import launched
 

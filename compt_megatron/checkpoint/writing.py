@@ -120,7 +120,10 @@ class BoxWriter(ABC):
 
     def _woven_units(self, names: list[str], blocks: int, limit: int) -> Iterator[Unit]:
         infos = [self.declared[name] for name in names]
-        step = max(1, limit * blocks // max(1, sum(info.nbytes for info in infos)))
+        step = limit * blocks // max(1, sum(info.nbytes for info in infos))
+        if not step:  # a single block is too large: each tensor by itself
+            yield from ([(name, box)] for name, info in zip(names, infos, strict=True) for box in slabs(info, limit))
+            return
         for start in range(0, blocks, step):
             stop = min(start + step, blocks)
             rows = [slice(start * info.shape[0] // blocks, stop * info.shape[0] // blocks) for info in infos]
