@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,7 +143,7 @@ def _grow(
                 execute(growth, reader, writer, dtype=dtype, place=place, checks=checks)
                 settle(writer, checks)
                 digest = source_hash()
-                certificate = certify(growth, digest, str(src), dtype_name(dtype) if dtype else None)
+                certificate = certify(growth, digest, os.path.abspath(src), dtype_name(dtype) if dtype else None)
                 record = {
                     "certificate": certificate.to_dict(),
                     "lineage": lineage(reader, growth, digest),

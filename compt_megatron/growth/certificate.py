@@ -18,6 +18,21 @@ from compt_megatron.growth.request import Moments
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
 
+_TYPES: dict[str, Any] = {
+    "operator": str,
+    "axes": dict,
+    "depth": str,
+    "seed": int,
+    "allow_approximate": bool,
+    "dtype": (str, type(None)),
+    "exact": bool,
+    "source": dict,
+    "target": dict,
+    "tensors": dict,
+    "noise": (int, float),
+    "moments": str,
+    "rates": dict,
+}
 _SINCE_FIRST = {"noise", "moments", "rates"}  # entries that the first certificates did not have
 
 
@@ -59,9 +74,19 @@ class Certificate:
         missing = sorted(known.keys() - content.keys() - optional)
         if missing:
             raise UserError(f"the certificate lacks {', '.join(missing)}; grow the checkpoint again")
+        for name, kinds in _TYPES.items():
+            if name in content and not isinstance(content[name], kinds):
+                raise UserError(f"the certificate's {name!r} is {content[name]!r}; grow the checkpoint again")
+        lacking = sorted({"name", "digest", "config", "hash", "path"} - content["source"].keys())
+        if lacking or not {"name", "digest"} <= content["target"].keys():
+            raise UserError("the certificate does not say which models it is about; grow the checkpoint again")
         given = {name: value for name, value in content.items() if name in known}
         rates = {name: tuple(pair) for name, pair in (content.get("rates") or {}).items()}
         return cls(**{**given, "rates": rates})
+
+    def claims(self) -> dict[str, Any]:
+        """What the certificate says of the result that its plan says too."""
+        return {name: getattr(self, name) for name in ("exact", "axes", "depth", "tensors", "rates")}
 
     def with_parity(self, parity: dict[str, Any]) -> Certificate:
         """The same certificate with a measurement."""

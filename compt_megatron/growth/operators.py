@@ -238,6 +238,8 @@ def plan(
         raise UserError(f"growth operator {operator!r} is not known; choose one of {', '.join(OPERATORS)}")
     if moments not in get_args(Moments):
         raise UserError(f"moments {moments!r} is not known; choose one of {', '.join(get_args(Moments))}")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed {seed} must be from 0 to 2^64 - 1")
     if not 0 <= noise < inf:
         raise UserError(f"noise {noise!r} must be a number from 0 on; about 0.01 parts copies without changing much")
     check_growable(source, target)

@@ -76,29 +76,31 @@ def _take(layer: _Layer, tower: Tower, param: Param, info: TensorInfo, reader: R
             continue
         count = counts[side.axis]
         axis = "kv_heads" if side.axis == "heads" and param.part in ("k", "v") else side.axis
-        hashes = layer.hashes.setdefault(axis, np.zeros(count, np.uint64))
+        known = layer.hashes.setdefault(axis, np.zeros(count, np.uint64))
+        hashes = np.zeros(count, np.uint64)
         for region in slabs(info, _SLAB):
             values = reader.read(name, region).movedim(dim, 0)
             size = side.size // count  # entries of a unit: 1, or those of a head
             if dim == 0:  # the slab holds some entries only; each is hashed with its place in the unit
                 _mix(hashes, values, np.arange(region[0].start, region[0].stop), size)
             else:
-                _mix(hashes, values, np.arange(side.size), size)
+                _mix(hashes, values, np.arange(side.size), size, region[0].start)
+        with np.errstate(over="ignore"):
+            layer.hashes[axis] = known * np.uint64(_BASE) + hashes
 
 
-def _mix(hashes: Hashes, values: torch.Tensor, entries: npt.NDArray[np.int64], size: int) -> None:
-    """Add the entries' rows to the hashes of the units that they are of."""
+def _mix(hashes: Hashes, values: torch.Tensor, entries: npt.NDArray[np.int64], size: int, at: int = 0) -> None:
+    """Add the entries' values to the hashes of the units that they are of, wherever slabs cut a unit.
+
+    `at`: where the slab begins on the other dimension.
+    """
     bits = values.reshape(len(entries), -1).contiguous().view(_BITS[values.dtype.itemsize]).numpy()
     with np.errstate(over="ignore"):
         powers = np.cumprod(np.full(bits.shape[1], _BASE, np.uint64))
-        rows = (bits.astype(np.uint64) * powers).sum(1, dtype=np.uint64) + np.uint64(1)
+        rows = (bits.astype(np.uint64) * powers).sum(1, dtype=np.uint64) + np.uint64(1 + at)
         places = np.cumprod(np.full(size, _BASE ^ 2, np.uint64))
-        rows = rows * (rows ^ (rows >> np.uint64(29))) * places[entries % size]
-        unit = entries // size
-        first = unit[0]
-        sums = np.zeros(unit[-1] - first + 1, np.uint64)
-        np.add.at(sums, unit - first, rows)
-        hashes[first : unit[-1] + 1] = hashes[first : unit[-1] + 1] * np.uint64(_BASE) + sums
+        rows = (rows ^ (rows >> np.uint64(29))) * places[entries % size]
+        np.add.at(hashes, entries // size, rows * (rows ^ (rows >> np.uint64(31))))
 
 
 def _units(layer: _Layer, tower: Tower) -> Iterator[tuple[str, Hashes]]:

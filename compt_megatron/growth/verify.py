@@ -13,9 +13,10 @@ from compt_megatron.checkpoint.contract import Reader, Region, TensorInfo, dtype
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.errors import UserError
-from compt_megatron.growth.certificate import Certificate
+from compt_megatron.growth.certificate import Certificate, certify
 from compt_megatron.growth.execute import SLAB_BYTES, Maker, check_source, target_infos
 from compt_megatron.growth.moments import with_source_states
+from compt_megatron.growth.plan import GrowthPlan
 from compt_megatron.growth.twins import find_twins
 from compt_megatron.spec.table import ModelSpec
 
@@ -111,6 +112,7 @@ def compare(grown: Reader, source: Reader, certificate: Certificate) -> VerifyRe
         )
     plan = with_source_states(certificate.replan(grown.spec), source.tensors())
     check_source(plan, source.tensors())
+    _check_claims(certificate, plan, grown)
     infos = target_infos(plan, source.tensors(), dtype_of(certificate.dtype) if certificate.dtype else None)
     stored = {name: info for name, info in grown.tensors().items() if split_name(name)[0] in _GROWN}
     report = VerifyReport(str(grown.path), str(source.path), certificate)
@@ -126,6 +128,18 @@ def compare(grown: Reader, source: Reader, certificate: Certificate) -> VerifyRe
     if "tile" in certificate.axes.values():
         report.twins = [str(twins) for twins in find_twins(grown, grown.spec)]
     return report
+
+
+def _check_claims(certificate: Certificate, plan: GrowthPlan, grown: Reader) -> None:
+    """Raise UserError where the certificate says something else of the result than growing again does."""
+    made = certify(plan, certificate.source["hash"], certificate.source["path"], certificate.dtype).claims()
+    for name, value in certificate.claims().items():
+        if name == "rates" and not certificate.rates:  # the first certificates have none
+            continue
+        if value != made[name]:
+            raise UserError(
+                f"{grown.path}: its certificate's {name!r} is not what growing it gives; it was changed: grow it again"
+            )
 
 
 def _certificate(grown: Reader) -> Certificate:

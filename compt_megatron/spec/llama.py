@@ -81,12 +81,35 @@ def _biases(found: HfConfig, kind: str) -> dict[str, bool]:
 
 def _window(found: HfConfig) -> int | None:
     """The length of the sliding attention window that all layers have, None for full attention."""
-    kinds = set(found.config.get("layer_types") or ())
+    layers = found.integer("num_hidden_layers")
+    given = found.config.get("layer_types")
+    if given is not None and (not isinstance(given, list) or len(given) != layers):
+        raise UserError(
+            f"{found.name}: 'layer_types' must have an entry for each of the {layers} layers (num_hidden_layers); "
+            "lengthen it or leave it out"
+        )
+    kinds = set(given or _implied_kinds(found, layers))
     if kinds - {"full_attention", "sliding_attention"} or len(kinds) > 1:
-        raise UserError(f"{found.name}: 'layer_types' mixes kinds of attention, which is not supported")
-    if kinds == {"full_attention"} or not found.flag("use_sliding_window", found.config["model_type"] == "mistral"):
+        raise UserError(
+            f"{found.name}: layers of different kinds of attention (layer_types, max_window_layers) are not supported; "
+            "all must be full or all sliding"
+        )
+    if kinds == {"full_attention"} or found.config.get("sliding_window") is None:
         return None
-    return found.integer("sliding_window") if found.config.get("sliding_window") is not None else None
+    return found.integer("sliding_window")
+
+
+def _implied_kinds(found: HfConfig, layers: int) -> list[str]:
+    """What transformers makes of a config without layer_types: Qwen's first max_window_layers layers do not slide."""
+    kind = found.config["model_type"]
+    if kind == "mistral":
+        return ["sliding_attention"] * layers
+    if kind == "llama" or not found.flag("use_sliding_window", False):
+        return ["full_attention"] * layers
+    first = found.config.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise UserError(f"{found.name}: 'max_window_layers' must be an integer, not {first!r}")
+    return ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
 
 
 def _params(tower: Tower, vocab: int, std: float, biases: dict[str, bool]) -> list[Param]:
