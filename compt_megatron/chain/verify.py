@@ -59,6 +59,8 @@ def verify_checkpoint(
         raise UserError(report.describe().splitlines()[0])
     record["growth"] = {"against": report.against, "tensors": report.tensors, "elements": report.elements}
     measured = _parity(source, path, (report.certificate.source_spec(), spec), trust_pickle)
+    if report.certificate.exact:
+        _check_exact(path, measured)
     twins = [f"warning: {line}" for line in report.twins]
     return record | measured | {"notes": [*twins, *measured.get("notes", [])], "twins": report.twins}
 

@@ -13,7 +13,7 @@ from compt_megatron.checkpoint.commit import SINGLE_FILES
 from compt_megatron.checkpoint.contract import Exchange, Layout, Region, TensorInfo, dtype_name, split_name
 from compt_megatron.checkpoint.formats import FORMATS, open_reader, open_writer
 from compt_megatron.checkpoint.guard import deferred
-from compt_megatron.checkpoint.stream import identity, settle, stream, unfinished
+from compt_megatron.checkpoint.stream import identity, settle, stream, unchanged, unfinished
 from compt_megatron.checkpoint.workers import Place, Progress, together
 from compt_megatron.errors import UserError
 from compt_megatron.spec.table import ModelSpec
@@ -82,7 +82,7 @@ def _convert(
     config: dict[str, Any] | None,
     attachments: dict[str, Path],
 ) -> list[str]:
-    with deferred(*place.shard) as checks:
+    with unchanged(src) as check_unchanged, deferred(*place.shard) as checks:
         reader = open_reader(src, spec, trust_pickle)
         try:
             assert reader.spec is not None
@@ -115,6 +115,7 @@ def _convert(
                 writer.declare(infos)
                 stream(writer, infos, make, place, checks=checks)
                 settle(writer, checks)
+                check_unchanged()
                 writer.commit({**known, "layout": None, "notes": notes, "attachments": files})
         finally:
             reader.close()

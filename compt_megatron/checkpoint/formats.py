@@ -112,4 +112,11 @@ def open_writer(
     or the path is taken.
     """
     task = Task(Path(path), spec, rank, world, exchange, overwrite, layout or Layout(), request)
-    return require_writable(format)(task)
+    opener = require_writable(format)
+    if task.layout != Layout() and not FORMATS[format].layouts:
+        cut = ", ".join(name for name, entry in FORMATS.items() if entry.layouts)
+        raise UserError(
+            f"{path}: {format} files are not cut for model-parallel ranks; leave out --tensor and --pipeline, or write "
+            f"one of {cut}"
+        )
+    return opener(task)

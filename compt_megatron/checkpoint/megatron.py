@@ -118,4 +118,4 @@ def _recognises(path: Path) -> bool:
     return path.is_dir() and (path / METADATA).is_file() and (path / BACKEND_FILE).is_file()
 
 
-FORMAT = Format("megatron", _recognises, MegatronReader, MegatronWriter)
+FORMAT = Format("megatron", _recognises, MegatronReader, MegatronWriter, layouts=True)

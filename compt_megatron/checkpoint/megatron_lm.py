@@ -105,4 +105,4 @@ def _recognises(path: Path) -> bool:
     return path.is_dir() and (path / TRACKER).is_file() and not holds_ranks(path / tracked(path))
 
 
-FORMAT = Format("megatron-lm", _recognises, MegatronReader, MegatronLmWriter, prefixes=("weight",))
+FORMAT = Format("megatron-lm", _recognises, MegatronReader, MegatronLmWriter, prefixes=("weight",), layouts=True)

@@ -18,6 +18,7 @@ from compt_megatron.checkpoint.guard import Checks
 from compt_megatron.checkpoint.manifest import manifest_path
 from compt_megatron.checkpoint.workers import Place
 from compt_megatron.checkpoint.writing import KEEP, BoxWriter, Unit
+from compt_megatron.errors import UserError
 
 Make = Callable[[str, Region], torch.Tensor]  # (boundary name, region) -> its values, in the declared dtype
 Cost = Callable[[str, Region], float]
@@ -141,13 +142,30 @@ def identity(place: Place, src: Path, *request: Any) -> str:
     """What a request to make a checkpoint from `src` is known by: its files, `request` (by its repr), and the number of
     workers. Files are the same if none was replaced or touched since.
     """
-    inside = sorted(path for path in src.rglob("*") if path.is_file()) if src.is_dir() else [src, manifest_path(src)]
-    known = [(str(path.resolve()), *_state(path)) for path in inside if path.is_file()]
-    text = json.dumps([__version__, SLAB, KEEP, place.world, known, [repr(part) for part in request]])
+    text = json.dumps([__version__, SLAB, KEEP, place.world, file_states(src), [repr(part) for part in request]])
     found = str(xxhash.xxh3_128(text.encode()).hexdigest())
     return found if place.exchange is None else str(place.exchange(found)[0])
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def file_states(src: Path) -> list[tuple[str, int, int, int, int]]:
+    """The files of a checkpoint: path, bytes, times of change, inode."""
+    inside = sorted(path for path in src.rglob("*") if path.is_file()) if src.is_dir() else [src, manifest_path(src)]
+    return [(str(path.resolve()), *_state(path)) for path in inside if path.is_file()]
+
+
+@contextmanager
+def unchanged(src: Path) -> Iterator[Callable[[], None]]:
+    """A check that `src` still has the files it has now; it raises UserError if one was replaced or written to."""
+    before = file_states(src)
+
+    def check() -> None:
+        changed = sorted(set(before) ^ set(file_states(src)))
+        if changed:
+            raise UserError(f"{changed[0][0]}: was changed while it was read; start again when nothing writes to it")
+
+    yield check
+
+
+def _state(path: Path) -> tuple[int, int, int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino

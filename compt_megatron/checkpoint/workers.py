@@ -166,6 +166,10 @@ class _Crew:
             pipe.close()
 
 
+# what a worker says that only heard of another's failure: the first cause alone is shown
+_FOLLOWING = ("another worker failed", "another rank gave up")
+
+
 def _child(number: int) -> None:
     """A worker's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter hears it and ends us
@@ -191,7 +195,7 @@ def _child(number: int) -> None:
         say("done", work(place=place, **arguments))
     except Exception as error:
         user = isinstance(error, UserError)
-        if not user and str(error) != "another worker failed":
+        if not user and not any(text in str(error) for text in _FOLLOWING):
             traceback.print_exc()
         say("error", (user, str(error) if user else f"worker {rank} of {world}: {error!r}"))
 

@@ -16,7 +16,7 @@ from compt_megatron.checkpoint.contract import Exchange, Layout, Reader, dtype_n
 from compt_megatron.checkpoint.digest import hash_beside
 from compt_megatron.checkpoint.formats import FORMATS, detect, open_reader, open_writer, require_writable
 from compt_megatron.checkpoint.guard import Checks, already_checked, deferred
-from compt_megatron.checkpoint.stream import identity, settle, unfinished
+from compt_megatron.checkpoint.stream import identity, settle, unchanged, unfinished
 from compt_megatron.checkpoint.workers import Place, Progress, together
 from compt_megatron.errors import UserError
 from compt_megatron.growth.certificate import Certificate, certify
@@ -123,7 +123,7 @@ def _grow(
     options: dict[str, Any],
 ) -> Certificate:
     """One worker's part of `grow`."""
-    with deferred(*place.shard) as checks:
+    with unchanged(src) as check_unchanged, deferred(*place.shard) as checks:
         reader = open_reader(src, _spec(source_spec), trust_pickle)
         try:
             growth = _plan(reader, to, options)
@@ -143,6 +143,7 @@ def _grow(
                 execute(growth, reader, writer, dtype=dtype, place=place, checks=checks)
                 settle(writer, checks)
                 digest = source_hash()
+                check_unchanged()
                 certificate = certify(growth, digest, os.path.abspath(src), dtype_name(dtype) if dtype else None)
                 record = {
                     "certificate": certificate.to_dict(),
