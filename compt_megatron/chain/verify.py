@@ -13,6 +13,9 @@ from compt_megatron.errors import UserError
 from compt_megatron.growth.verify import verify as verify_growth
 from compt_megatron.spec.table import ModelSpec
 
+# outputs of an exact growth may differ by so many times the noise; the norm before the first block adds some 1e-6
+_NOISE_TIMES, _FLOOR = 50, 1e-4
+
 
 def verify(
     path: str | Path, against: str | Path | None = None, spec: ModelSpec | None = None, *, trust_pickle: bool = False
@@ -63,6 +66,16 @@ def verify_checkpoint(
         _check_exact(path, measured)
     twins = [f"warning: {line}" for line in report.twins]
     return record | measured | {"notes": [*twins, *measured.get("notes", [])], "twins": report.twins}
+
+
+def _check_exact(path: Path, measured: dict[str, Any]) -> None:
+    """Raise UserError where the outputs differ by far more than rounding, although the growth was exact."""
+    for name, error in (measured.get("parity") or {}).items():
+        if error > max(_NOISE_TIMES * measured["noise"][name], _FLOOR):
+            raise UserError(
+                f"{path}: grown exactly, but its {name} differ from the source's by {error:.1e} (noise "
+                f"{measured['noise'][name]:.1e}); the two configs are not of models that compute alike: check them"
+            )
 
 
 def _parity(source: Path, grown: Path, specs: tuple[ModelSpec, ModelSpec | None], trust_pickle: bool) -> dict[str, Any]:

@@ -119,8 +119,8 @@ class OpenWriter(Protocol):
 class Format:
     """One checkpoint format. `recognises` decides by content; without `open_writer` it is read only; `prefixes` are
     the kinds of tensors that it can hold; `attachments`: whether its folders hold other people's files too, such as a
-    tokenizer's, which a reader and a writer pass on as the entry of that name in their metadata ({name: path}); `layouts`:
-    whether its files are cut for model-parallel ranks."""
+    tokenizer's, which a reader and a writer pass on as the entry of that name in their metadata ({name: path});
+    `layouts`: whether its files are cut for model-parallel ranks."""
 
     name: str
     recognises: Callable[[Path], bool]

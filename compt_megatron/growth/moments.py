@@ -10,8 +10,9 @@ repeated row gets 1/k of the gradient and a divided column all of it (the slopes
 - `master`: as the weights, from the source's own fp32 copy;
 - `step`: the source's.
 
-The slopes are the gradient's exactly, except under `mean_pad`: LayerNorm's backward also takes the mean over the new
-entries, which no rule for the moments can foresee.
+The slopes are the gradient's exactly, with two exceptions that no rule for the moments can foresee: under `mean_pad`
+LayerNorm's backward also takes the mean over the new entries, and where a query group becomes several, each copy of its
+key and value gets what its own heads send, an equal share only on average.
 
 Adam's step does not see the size of the gradient, so an entry that was multiplied by s moves 1/s times too far for its
 size: `step_factors` gives the learning rate (s) and weight decay (1/s) under which its step is s times the source's.
