@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from compt_megatron.checkpoint.contract import TensorInfo
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import detect, open_reader, open_writer
 from compt_megatron.errors import UserError
+from compt_megatron.growth import execute as execution
 from compt_megatron.growth.api import Certificate, GrowthPlan, grow, plan, verify, write_fresh
 from compt_megatron.growth.certificate import certify
 from compt_megatron.growth.verify import compare
@@ -31,6 +35,7 @@ from tests.unit.growth_helpers import (
 )
 
 SMALL, LARGE = clip_config(), clip_config(80, 3, 48, 2)
+V1 = Path(__file__).parents[1] / "golden" / "v1"
 
 
 @pytest.fixture
@@ -175,3 +180,43 @@ def test_formats_hold_the_same_bytes(base: Path, tmp_path: Path) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert fuse_state(target, first).keys() == open_clip_model(LARGE).state_dict().keys() - {"attn_mask"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "match"),
+    [
+        ("exact", False, "'exact' is not what growing it gives"),
+        ("tensors", {}, "'tensors' is not what growing it gives"),
+        ("operator", ["exact"], "'operator' is"),
+        ("source", {}, "does not say which models"),
+        ("noise", "much", "'noise' is"),
+    ],
+)
+def test_a_certificate_that_claims_something_else(tmp_path: Path, entry: str, value: object, match: str) -> None:
+    """What it says of the result is compared with what growing again gives; nonsense is one line."""
+    grow(V1 / "small", tmp_path / "grown", to=_golden_target())
+    grown, source = open_reader(tmp_path / "grown"), open_reader(V1 / "small")
+    content = {**grown.metadata()["certificate"], entry: value}
+    with pytest.raises(UserError, match=match):
+        compare(grown, source, Certificate.from_dict(content))
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(V1 / "small", tmp_path / "small")
+    written = execution.Maker.make
+
+    def touched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        os.utime(tmp_path / "small" / "common.pt")
+        return written(*args, **kwargs)
+
+    monkeypatch.setattr(execution.Maker, "make", touched)
+    with pytest.raises(UserError, match=r"common\.pt: was changed while it was read"):
+        grow(tmp_path / "small", tmp_path / "grown", to=_golden_target())
+    assert not (tmp_path / "grown").exists()
+
+
+def _golden_target() -> ModelSpec:
+    reader = open_reader(V1 / "grown")
+    assert reader.spec is not None
+    reader.close()
+    return reader.spec

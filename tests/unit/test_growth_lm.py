@@ -170,3 +170,14 @@ def test_longer_positions_are_another_model_but_grow() -> None:
     """Rotary positions have no weights: only their number differs."""
     small, large = make_spec(llama()), make_spec(llama(36, head=6, max_position_embeddings=128))
     assert plan(small, large).exact
+
+
+def test_layers_of_different_attention_are_refused() -> None:
+    """A list that was copied with the config, and Qwen's first layers that do not slide."""
+    stale = llama(layers=4, model_type="qwen2", layer_types=["full_attention"] * 2)
+    mixed = llama(layers=4, model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    for config, match in ((stale, "an entry for each of the 4 layers"), (mixed, "different kinds of attention")):
+        with pytest.raises(UserError, match=match):
+            make_spec(config)
+    sliding = {"model_type": "mistral", "sliding_window": 4}
+    assert error(llama(**sliding), llama(36, 6, 3, 3, 50, 6, **sliding)) < FP64
