@@ -207,8 +207,7 @@ def in_threads(world: int, **arguments: Any) -> None:
         raise min(failed, key=lambda error: not isinstance(error, UserError))
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(2, 1)])
-@pytest.mark.parametrize("format", ["hf", "megatron"])
+@pytest.mark.parametrize(("format", "layout"), [("hf", Layout()), ("megatron", Layout()), ("megatron", Layout(2, 1))])
 def test_any_number_of_workers_makes_the_same_bytes(
     tmp_path: Path, format: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,3 +379,10 @@ def test_slabs_of_wide_rows() -> None:
     found = list(slabs(TensorInfo((2, 1000), torch.float32), 1200))
     assert len(found) == 8
     assert {region_shape(region) for region in found} == {(1, 300), (1, 100)}
+
+
+def test_a_layout_is_refused_where_files_are_not_cut(tmp_path: Path) -> None:
+    source = write_fresh(make_spec(SMALL), tmp_path / "source", 1, "hf", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="hf files are not cut for model-parallel ranks"):
+        grow(source, tmp_path / "grown", to=make_spec(LARGE, "large"), layout=Layout(2, 1))
+    assert not (tmp_path / "grown").exists()
