@@ -141,6 +141,7 @@ def test_a_rerun_goes_on_and_believes_no_damaged_byte(tmp_path: Path, format: st
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 4]))
+    (data.parent / "notes.txt").write_text("not of this run")
     reports.clear()
     run(path)
     _, total, before = reports[0]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,17 @@ def test_a_flipped_bit_of_the_source_never_reaches_a_result(
         with pytest.raises(UserError, match="do not match their checksum"):
             convert(source, tmp_path / "copy", "megatron")
         assert {entry.name for entry in tmp_path.iterdir()} == {"source"}
+    compare = guard.Guard._compare
+
+    def slow(self: guard.Guard, name: str, first: int, last: int) -> None:
+        time.sleep(0.3)  # the work is done by then, and waits
+        compare(self, name, first, last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard.Guard, "_compare", slow)
+        with pytest.raises(UserError, match="do not match their checksum"):
+            convert(source, tmp_path / "copy", "megatron")
+    assert not (tmp_path / "copy").exists()
     path.write_bytes(whole_bytes)
     convert(source, tmp_path / "copy", "megatron")
     assert weight_hash(open_reader(tmp_path / "copy")) == weight_hash(open_reader(source))
