@@ -18,9 +18,8 @@ from typing import Any
 from compt_megatron.checkpoint.contract import Exchange
 from compt_megatron.checkpoint.journal import claim, has_journal, is_of, remove_journals
 from compt_megatron.checkpoint.manifest import MANIFEST, manifest_bytes, manifest_path
-from compt_megatron.checkpoint.out_file import HashedFile, no_room  # noqa: F401
+from compt_megatron.checkpoint.out_file import no_room
 from compt_megatron.checkpoint.party import Party
-from compt_megatron.checkpoint.sums import file_hash  # noqa: F401
 from compt_megatron.errors import UserError
 
 SINGLE_FILES = (".pt", ".safetensors")

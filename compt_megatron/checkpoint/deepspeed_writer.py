@@ -28,9 +28,10 @@ from compt_megatron.checkpoint.commit import SINGLE_FILES, fsync_files, fsync_fo
 from compt_megatron.checkpoint.contract import Region, Task, TensorInfo, split_name
 from compt_megatron.checkpoint.deepspeed_files import LATEST, LATEST_UNIVERSAL, UNIVERSAL
 from compt_megatron.checkpoint.filled_archive import ArchiveLayout, FilledArchive, Hole, Progress
+from compt_megatron.checkpoint.hashed_file import HashedFile
 from compt_megatron.checkpoint.journal import Entry
 from compt_megatron.checkpoint.module_names import ModulePlace, projection_key, trainer_names
-from compt_megatron.checkpoint.out_file import HashedFile, no_room
+from compt_megatron.checkpoint.out_file import no_room
 from compt_megatron.checkpoint.sums import file_hash
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError

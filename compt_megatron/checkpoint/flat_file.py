@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from compt_megatron.checkpoint.contract import Region, TensorInfo
-from compt_megatron.checkpoint.out_file import OutFile, no_room
+from compt_megatron.checkpoint.out_file import OutFile, no_room, reserve
 from compt_megatron.checkpoint.saved_tensor import read_strided
 
 SAFETENSORS_DTYPES = {
@@ -66,7 +66,9 @@ class FlatFile:
             return
         with no_room(self.path), open(self.path, "wb") as file:
             file.write(self._header)
-            file.truncate(self._size)
+            file.flush()
+            if not reserve(file.fileno(), 0, self._size, longer=True):
+                file.truncate(self._size)
 
     def _is_there(self) -> bool:
         if not self.path.is_file() or self.path.stat().st_size != self._size:

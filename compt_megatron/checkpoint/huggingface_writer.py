@@ -13,8 +13,9 @@ import torch
 from compt_megatron.checkpoint.commit import SINGLE_FILES
 from compt_megatron.checkpoint.contract import Layout, Region, Task, TensorInfo, dtype_name, split_name
 from compt_megatron.checkpoint.flat_file import FlatFile
+from compt_megatron.checkpoint.hashed_file import HashedFile
 from compt_megatron.checkpoint.huggingface_files import CONFIG, INDEX, WEIGHTS, shard_name
-from compt_megatron.checkpoint.out_file import HashedFile, OutFile
+from compt_megatron.checkpoint.out_file import OutFile
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.spec.huggingface_names import HfPlace, explicit_config, hf_place, hf_shapes

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from compt_megatron.checkpoint.commit import HashedFile, fsync_folder
+from compt_megatron.checkpoint.commit import fsync_folder
 from compt_megatron.checkpoint.contract import Format, Task
+from compt_megatron.checkpoint.hashed_file import HashedFile
 from compt_megatron.checkpoint.megatron import MegatronReader
 from compt_megatron.checkpoint.megatron_args import left_to_the_user, model_args
 from compt_megatron.checkpoint.megatron_home import TRACKER, iteration_folder, tracked

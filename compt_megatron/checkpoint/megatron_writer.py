@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from compt_megatron.checkpoint.commit import SINGLE_FILES, HashedFile
+from compt_megatron.checkpoint.commit import SINGLE_FILES
 from compt_megatron.checkpoint.contract import Layout, Task, TensorInfo, split_name
 from compt_megatron.checkpoint.dcp_metadata import dcp_metadata_bytes
+from compt_megatron.checkpoint.hashed_file import HashedFile
 from compt_megatron.checkpoint.journal import Entry
 from compt_megatron.checkpoint.megatron_keys import STATE, MegatronKeys
 from compt_megatron.checkpoint.megatron_layout import Cutter, check_layout

@@ -13,7 +13,8 @@ from compt_megatron.checkpoint.commit import SINGLE_FILES, fsync_files
 from compt_megatron.checkpoint.contract import Layout, Region, Task, TensorInfo, split_name
 from compt_megatron.checkpoint.filled_archive import ArchiveLayout, FilledArchive, Hole
 from compt_megatron.checkpoint.flat_file import FlatFile
-from compt_megatron.checkpoint.out_file import HashedFile, OutFile
+from compt_megatron.checkpoint.hashed_file import HashedFile
+from compt_megatron.checkpoint.out_file import OutFile
 from compt_megatron.checkpoint.writing import BoxWriter, FileRow, one_dtype
 from compt_megatron.errors import UserError
 from compt_megatron.spec.open_clip_names import FilePlace, open_clip_place, open_clip_shapes

@@ -8,6 +8,7 @@ written the ordinary way, and so is everything where a file system refuses.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from compt_megatron.checkpoint.sums import Sums, joined
 from compt_megatron.errors import UserError
@@ -30,6 +30,8 @@ _BLOCK = 8 * 2**20  # bytes gathered before they are written
 _BLOCKS = 4  # of a thread: one that is filled while the others are on their way
 BLOCK_BYTES = _BLOCKS * _BLOCK
 _WORTH = 2**19  # bytes from which a direct write pays
+_KEEP_SIZE = 1  # of fallocate: the file does not become longer
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
@@ -41,6 +43,22 @@ def no_room(path: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
             raise
         raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or write elsewhere") from error
+
+
+def reserve(descriptor: int, start: int, stop: int, longer: bool) -> bool:
+    """Take room on the disk for bytes [start, stop) of a file, which may get `longer`: they are written faster then.
+
+    False where the system cannot (posix_fallocate would write every page there). Raises OSError if there is no room.
+    """
+    call = getattr(_libc, "fallocate", None)
+    if call is None:
+        return False
+    mode = 0 if longer else _KEEP_SIZE
+    if call(descriptor, mode, ctypes.c_int64(start), ctypes.c_int64(stop - start)) == 0:
+        return True
+    if (code := ctypes.get_errno()) in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 class _Blocks:
@@ -81,6 +99,7 @@ class _Blocks:
         self._free.append(block)
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _this = threading.local()  # .blocks
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _this.__dict__.clear())  # threads do not survive a fork
@@ -226,57 +245,3 @@ def _pwrite(descriptor: int, view: memoryview, at: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, at)
         view, at = view[count:], at + count
-
-
-class HashedFile(OutFile):
-    """A file that is only appended to, from its beginning; a binary stream for torch.save and pickle."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.size = 0
-        self._since = xxhash.xxh3_64()  # of what was written after the last `progress`
-        self._clean = False  # whether the file ends here: a killed run may have left more
-
-    def write(self, data: Any) -> int:
-        count = memoryview(data).nbytes
-        self._cut()
-        self.put(self.size, data)
-        self._since.update(data)
-        self.size += count
-        return count
-
-    def _cut(self) -> None:
-        if not self._clean:
-            os.ftruncate(self.descriptor, self.size)
-            self._clean = True
-
-    def drain(self) -> None:
-        self._cut()
-        super().drain()
-
-    def progress(self) -> tuple[int, str]:
-        """Make all durable; returns the size, and a hash of what was written since the last call."""
-        self.sync()
-        found = self.size, self._since.hexdigest()
-        self._since = xxhash.xxh3_64()
-        return found
-
-    def resume(self, progress: tuple[int, str]) -> bool:
-        """Whether the bytes that an earlier `progress` speaks of are there; if so, the file goes on behind them."""
-        size, digest = progress
-        found = xxhash.xxh3_64()
-        for at in range(self.size, size, _BLOCK):
-            data = os.pread(self.descriptor, min(_BLOCK, size - at), at)
-            found.update(data)
-            self.sums.update(at, memoryview(data))
-        if found.hexdigest() != digest:
-            return False
-        self.size = size
-        return True
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        """Report an error of the disk. torch.save calls it after every archive, so nothing is written for its sake."""
-        self.check()

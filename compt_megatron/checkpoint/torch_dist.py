@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compt_megatron.checkpoint.commit import HashedFile
 from compt_megatron.checkpoint.contract import Region, TensorInfo, region_shape
 from compt_megatron.checkpoint.dcp_metadata import Index, TensorStorage, read_dcp_metadata
+from compt_megatron.checkpoint.hashed_file import HashedFile
 from compt_megatron.checkpoint.open_files import OpenFiles
 from compt_megatron.checkpoint.saved_tensor import SavedTensor, locate, read_box
 from compt_megatron.errors import UserError

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from compt_megatron.checkpoint.contract import Exchange
 from compt_megatron.errors import UserError, WorkerLost
 
+_POLL_S = 0.005
 _CHECK_S = 0.2  # how often a worker looks whether its starter still lives
 _PATIENCE = timedelta(days=7)  # of a worker of torchrun; a dead peer is torchrun's to notice
 _COMMAND = "import sys; sys.path[:] = {path!r}; from compt_megatron.checkpoint.workers import _child; _child({number})"
@@ -60,7 +61,8 @@ def _store_exchange(rank: int, world: int) -> Exchange:
 
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, world, rank == 0 and not agent, timeout=_PATIENCE)
+    hosts = rank == 0 and not agent
+    store = TCPStore(address, port, world, hosts, timeout=_PATIENCE)
     run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     shared = PrefixStore(f"compt/{run}", store)
     count = 0
@@ -71,6 +73,9 @@ def _store_exchange(rank: int, world: int) -> Exchange:
         rows = [pickle.loads(shared.get(f"{count}/{other}")) for other in range(world)]
         if count:  # all have read what came before the round that is now complete
             shared.delete_key(f"{count - 1}/{rank}")
+        shared.add(f"{count}/heard", 1)
+        while hosts and shared.add(f"{count}/heard", 0) < world:  # the store ends with its host
+            time.sleep(_POLL_S)
         count += 1
         return rows
 

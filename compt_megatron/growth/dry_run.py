@@ -14,7 +14,8 @@ from typing import Any
 
 from compt_megatron.checkpoint.contract import Layout, TensorInfo, region_shape, slabs
 from compt_megatron.checkpoint.formats import FORMATS
-from compt_megatron.checkpoint.out_file import BLOCK_BYTES, HashedFile
+from compt_megatron.checkpoint.hashed_file import HashedFile
+from compt_megatron.checkpoint.out_file import BLOCK_BYTES
 from compt_megatron.checkpoint.stream import SLAB
 from compt_megatron.growth.maker import needs
 from compt_megatron.growth.plan import GrowthPlan, Random

@@ -43,7 +43,7 @@ def execute(
     check_source(plan, tensors)
     infos = target_infos(plan, tensors, dtype)
     writer.declare(infos)
-    maker = Maker(plan, reader.read)
+    maker = Maker(plan, reader.read, torch.get_num_threads())  # this worker's share of the processors
     hashed = _READ * sum(info.nbytes for name, info in tensors.items() if name.startswith("weight/"))
     stream(
         writer,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from math import prod, sqrt
 
 import torch
@@ -24,6 +25,7 @@ from compt_megatron.growth.plan import (
     pair_signs,
 )
 from compt_megatron.spec.random import initial
+from compt_megatron.spec.table import Param
 
 Read = Callable[[str, Region], torch.Tensor]  # (source boundary name, region) -> CPU tensor of the stored dtype
 
@@ -35,8 +37,11 @@ _KEPT = 8  # means that are remembered: neighbouring slabs share them
 class Maker:
     """Makes any slice of any target tensor, by boundary names."""
 
-    def __init__(self, plan: GrowthPlan, read: Read) -> None:
+    def __init__(self, plan: GrowthPlan, read: Read, threads: int = 1) -> None:
+        """`threads` make fresh values, which take much longer than everything else."""
         self._plan, self._reader = plan, read
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "fresh") if threads > 1 else None
         self._tensors = {f"{prefix}/{name}": tensor for prefix, name, tensor in plan.boundary()}
         self._prefix = "weight"
         self._means: OrderedDict[object, torch.Tensor] = OrderedDict()
@@ -71,13 +76,13 @@ class Maker:
                 self._scale(out, values, piece.scale)
             else:
                 assert param is not None
-                fresh = initial(param, self._plan.seed, source_region(part, piece.noise.start, inside))
+                fresh = self._fresh(param, source_region(part, piece.noise.start, inside))
                 self._scale(out, values, piece.scale, fresh, piece.noise.scale)
         elif isinstance(piece, Reduce):
             self._reduce(out, part, piece, inside)
         elif isinstance(piece, Random):
             assert param is not None
-            fresh = initial(param, self._plan.seed, inside)
+            fresh = self._fresh(param, inside)
             if piece.scale == 1.0:
                 out.copy_(fresh)
             else:
@@ -86,6 +91,21 @@ class Maker:
             out.fill_(piece.value)
         else:
             out.copy_(piece.value / (self._contrast(piece.contrast)[1] * _signs(part, 0, inside)))
+
+    def _fresh(self, param: Param, region: Region) -> torch.Tensor:
+        """A parameter's fresh values in a region, fp32."""
+        step = -(-(region[0].stop - region[0].start) // self._threads) if region else 0
+        if self._pool is None or step < 1 or _size(region) < _BLOCK:
+            return initial(param, self._plan.seed, region)
+        out = torch.empty(region_shape(region))
+
+        def work(start: int) -> None:
+            rows = slice(start, min(start + step, region[0].stop))
+            values = initial(param, self._plan.seed, (rows, *region[1:]))
+            out[rows.start - region[0].start : rows.stop - region[0].start] = values
+
+        list(self._pool.map(work, range(region[0].start, region[0].stop, step)))
+        return out
 
     def _scale(
         self,

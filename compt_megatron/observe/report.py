@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compt_megatron.checkpoint.commit import no_room
+from compt_megatron.checkpoint.out_file import no_room
 from compt_megatron.observe import table
 from compt_megatron.observe.family import Family, read_family
 from compt_megatron.observe.figure import PRINT, THEMED, Palette, png, svg
