@@ -8,7 +8,6 @@ written stays in `DST.partial/`, and the same command goes on from there.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from compt_megatron.checkpoint.contract import Exchange
+from compt_megatron.checkpoint.messages import function_of, name_of, packed, unpacked
 from compt_megatron.errors import UserError, WorkerLost
 
 _POLL_S = 0.005
@@ -69,8 +69,8 @@ def _store_exchange(rank: int, world: int) -> Exchange:
 
     def exchange(value: Any) -> list[Any]:
         nonlocal count
-        shared.set(f"{count}/{rank}", pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes, too
-        rows = [pickle.loads(shared.get(f"{count}/{other}")) for other in range(world)]
+        shared.set(f"{count}/{rank}", packed(value))  # type: ignore[arg-type]  # takes bytes, too
+        rows = [unpacked(shared.get(f"{count}/{other}")) for other in range(world)]
         if count:  # all have read what came before the round that is now complete
             shared.delete_key(f"{count - 1}/{rank}")
         shared.add(f"{count}/heard", 1)
@@ -88,12 +88,12 @@ def _store_exchange(rank: int, world: int) -> Exchange:
 def together(work: Callable[..., Any], world: int, progress: Progress | None, **arguments: Any) -> Any:
     """Call `work(place=..., **arguments)` in `world` new processes; returns what worker 0 returned.
 
-    `work` is a function of a module, arguments and result are pickled. Raises UserError if a worker did, WorkerLost if
-    one died; no worker is left behind.
+    `work` is a function of a module; arguments and result are what `messages.packed` takes. Raises UserError if a
+    worker did, WorkerLost if one died; no worker is left behind.
     """
     crew = _Crew(world, progress)
     try:
-        crew.start((work, arguments))
+        crew.start((name_of(work), arguments))
         return crew.run()
     finally:
         crew.end()
@@ -114,7 +114,7 @@ class _Crew:
     def start(self, call: Any) -> None:
         threads = max(1, (os.cpu_count() or 1) // self._world)
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        message = pickle.dumps(call)
+        message = packed(call)
         for rank in range(self._world):
             ours, theirs = socket.socketpair()
             command = _COMMAND.format(path=sys.path, number=theirs.fileno())
@@ -123,7 +123,7 @@ class _Crew:
                     subprocess.Popen([sys.executable, "-c", command], pass_fds=[theirs.fileno()], env=env)
                 )
             self._pipes.append(Connection(ours.detach()))
-            self._pipes[rank].send_bytes(pickle.dumps((rank, self._world)))
+            self._pipes[rank].send_bytes(packed((rank, self._world)))
             self._pipes[rank].send_bytes(message)
 
     def run(self) -> Any:
@@ -131,7 +131,7 @@ class _Crew:
             for pipe in wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in self._ended]):
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    self._hear(rank, *pickle.loads(self._pipes[rank].recv_bytes()))
+                    self._hear(rank, *unpacked(self._pipes[rank].recv_bytes()))
                 except (EOFError, ConnectionError):
                     self._mourn(rank)
         if self._errors:
@@ -153,7 +153,7 @@ class _Crew:
         if self._errors or len(self._rows) == self._world:
             answer = [self._rows[r] for r in range(self._world)] if len(self._rows) == self._world else None
             for waiting in self._rows:
-                self._pipes[waiting].send_bytes(pickle.dumps(answer))
+                self._pipes[waiting].send_bytes(packed(answer))
             self._rows = {}
 
     def _mourn(self, rank: int) -> None:
@@ -184,20 +184,20 @@ def _child(number: int) -> None:
 
     def say(what: str, value: Any) -> None:
         with lock:
-            pipe.send_bytes(pickle.dumps((what, value)))
+            pipe.send_bytes(packed((what, value)))
 
     def exchange(value: Any) -> list[Any]:
         say("gather", value)
-        rows = pickle.loads(pipe.recv_bytes())
+        rows = unpacked(pipe.recv_bytes())
         if rows is None:
             raise RuntimeError("another worker failed")
         return list(rows)
 
-    rank, world = pickle.loads(pipe.recv_bytes())
+    rank, world = unpacked(pipe.recv_bytes())
     try:
-        work, arguments = pickle.loads(pipe.recv_bytes())
+        name, arguments = unpacked(pipe.recv_bytes())
         place = Place(rank, world, exchange, lambda *counts: say("progress", counts))
-        say("done", work(place=place, **arguments))
+        say("done", function_of(name)(place=place, **arguments))
     except Exception as error:
         user = isinstance(error, UserError)
         if not user and not any(text in str(error) for text in _FOLLOWING):

@@ -8,7 +8,7 @@ past: a polynomial hash of their bits modulo 2^64, one for all units at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ _BASE = 0x9E3779B97F4A7C15  # odd, so that multiplying by its powers loses nothi
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Hashes = npt.NDArray[np.uint64]
+Layer = dict[str, Hashes]  # the running hashes of a layer's units, by axis
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,12 @@ class Twins:
         )
 
 
-@dataclass
-class _Layer:
-    """The running hashes of a layer's units, by axis."""
-
-    hashes: dict[str, Hashes] = field(default_factory=dict)
-
-
 def find_twins(reader: Reader, spec: ModelSpec) -> list[Twins]:
     """Identical units of every layer of a checkpoint. Memory: some 8 MB slabs."""
     stored = reader.tensors()
     found: list[Twins] = []
     for name, tower in spec.towers.items():
-        layers = [_Layer() for _ in range(tower.layers)]
+        layers: list[Layer] = [{} for _ in range(tower.layers)]
         for param in spec.params.values():
             if param.tower == name and param.layer is not None:
                 for prefix in _STATES:
@@ -68,7 +62,7 @@ def find_twins(reader: Reader, spec: ModelSpec) -> list[Twins]:
     return found
 
 
-def _take(layer: _Layer, tower: Tower, param: Param, info: TensorInfo, reader: Reader, name: str) -> None:
+def _take(layer: Layer, tower: Tower, param: Param, info: TensorInfo, reader: Reader, name: str) -> None:
     """Hash the rows or columns that belong to a layer's units."""
     counts = {"mlp": tower.mlp, "heads": tower.heads, "kv_heads": tower.groups}
     for dim, side in enumerate(param.dims):
@@ -76,7 +70,7 @@ def _take(layer: _Layer, tower: Tower, param: Param, info: TensorInfo, reader: R
             continue
         count = counts[side.axis]
         axis = "kv_heads" if side.axis == "heads" and param.part in ("k", "v") else side.axis
-        known = layer.hashes.setdefault(axis, np.zeros(count, np.uint64))
+        known = layer.setdefault(axis, np.zeros(count, np.uint64))
         hashes = np.zeros(count, np.uint64)
         for region in slabs(info, _SLAB):
             values = reader.read(name, region).movedim(dim, 0)
@@ -86,7 +80,7 @@ def _take(layer: _Layer, tower: Tower, param: Param, info: TensorInfo, reader: R
             else:
                 _mix(hashes, values, np.arange(side.size), size, region[0].start)
         with np.errstate(over="ignore"):
-            layer.hashes[axis] = known * np.uint64(_BASE) + hashes
+            layer[axis] = known * np.uint64(_BASE) + hashes
 
 
 def _mix(hashes: Hashes, values: torch.Tensor, entries: npt.NDArray[np.int64], size: int, at: int = 0) -> None:
@@ -103,14 +97,14 @@ def _mix(hashes: Hashes, values: torch.Tensor, entries: npt.NDArray[np.int64], s
         np.add.at(hashes, entries // size, rows * (rows ^ (rows >> np.uint64(31))))
 
 
-def _units(layer: _Layer, tower: Tower) -> Iterator[tuple[str, Hashes]]:
+def _units(layer: Layer, tower: Tower) -> Iterator[tuple[str, Hashes]]:
     """The hashes of a layer's MLP units and of its heads, each with the key and value of its group."""
-    if "mlp" in layer.hashes:
-        yield "MLP unit", layer.hashes["mlp"]
-    if "heads" in layer.hashes:
-        groups = np.repeat(layer.hashes["kv_heads"], tower.heads // tower.groups)
+    if "mlp" in layer:
+        yield "MLP unit", layer["mlp"]
+    if "heads" in layer:
+        groups = np.repeat(layer["kv_heads"], tower.heads // tower.groups)
         with np.errstate(over="ignore"):
-            yield "head", layer.hashes["heads"] * np.uint64(_BASE) + groups
+            yield "head", layer["heads"] * np.uint64(_BASE) + groups
 
 
 def _pairs(hashes: Hashes) -> list[tuple[int, int]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from math import inf, log, sqrt
+from math import log, sqrt
 from typing import Any
 
 from compt_megatron.errors import UserError
+from compt_megatron.spec.config_values import MOST, finite_number, positive_integer
 from compt_megatron.spec.table import TOKENIZER_FIELDS, Dim, Init, ModelSpec, Param, Tower, block_table
 
 # open_clip config fields that change nothing about the function we build; any other field must be one we read.
@@ -46,9 +47,6 @@ _ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
 }
 
 
-_MOST, _MOST_LAYERS = 2**24, 1024  # so that a slip of the finger is not a table of a billion rows
-
-
 def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
     """Make the parameter table of an open_clip model config.
 
@@ -78,10 +76,10 @@ def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
     towers["text"] = text = _text_tower(text_cfg, activation, f"{name}: text_cfg")
     for param in _text_params(text, joint, _integer(text_cfg, "vocab_size", f"{name}: text_cfg", 49408)):
         params[param.name] = param
-    scale = _number(config.get("init_logit_scale") or log(1 / 0.07), f"{name}: 'init_logit_scale'")
+    scale = finite_number(config.get("init_logit_scale") or log(1 / 0.07), f"{name}: 'init_logit_scale'")
     params["logit_scale"] = Param("logit_scale", (), "", "post", None, Init("constant", scale))
     if config.get("init_logit_bias") is not None:
-        bias = Init("constant", _number(config["init_logit_bias"], f"{name}: 'init_logit_bias'"))
+        bias = Init("constant", finite_number(config["init_logit_bias"], f"{name}: 'init_logit_bias'"))
         params["logit_bias"] = Param("logit_bias", (), "", "post", None, bias)
     return ModelSpec("clip", name, config, towers, params, joint, _identity(config))
 
@@ -108,29 +106,17 @@ def _check_fields(config: dict[str, Any], read: set[str], where: str) -> None:
 
 
 def _integer(config: dict[str, Any], field: str, where: str, default: int | None = None) -> int:
-    value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: '{field}' must be a positive integer, not {value!r}")
-    largest = _MOST_LAYERS if field == "layers" else _MOST
-    if value > largest:
-        raise UserError(f"{where}: '{field}' is {value}; no more than {largest} is supported")
-    return value
-
-
-def _number(value: Any, where: str, above: float = -inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < inf:
-        raise UserError(f"{where} must be a number{f' above {above}' if above > -inf else ''}, not {value!r}")
-    return float(value)
+    return positive_integer(config.get(field, default), field, where, layers=field == "layers")
 
 
 def _mlp(cfg: dict[str, Any], width: int, where: str) -> int:
-    return int(width * _number(cfg.get("mlp_ratio", 4.0), f"{where}: 'mlp_ratio'", above=0)) or 1
+    return int(width * finite_number(cfg.get("mlp_ratio", 4.0), f"{where}: 'mlp_ratio'", above=0)) or 1
 
 
 def _square(value: Any, where: str) -> int:
     if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
         raise UserError(f"{where} must be one positive integer (square), not {value!r}")
     return value
 
@@ -140,7 +126,7 @@ def _norm_eps(config: dict[str, Any], where: str) -> float:
     if not isinstance(kwargs, dict):
         raise UserError(f"{where}: 'norm_kwargs' must be a JSON object, not {kwargs!r}")
     kwargs = dict(kwargs)
-    eps = _number(kwargs.pop("eps", 1e-5), f"{where}: norm_kwargs.eps", above=0)
+    eps = finite_number(kwargs.pop("eps", 1e-5), f"{where}: norm_kwargs.eps", above=0)
     if kwargs:
         raise UserError(f"{where}: norm_kwargs may hold only 'eps', not {sorted(kwargs)}")
     return eps

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any
 
 from compt_megatron.errors import UserError
+from compt_megatron.spec.config_values import finite_number, positive_integer
 from compt_megatron.spec.table import Rope
 
-_MOST, _MOST_LAYERS = 2**24, 1024  # so that a slip of the finger is not a table of a billion rows
 _LAYERS = ("num_hidden_layers", "n_layer")
 
 
@@ -21,21 +20,12 @@ class HfConfig:
     def integer(self, field: str, default: int | None = None) -> int:
         """A positive integer; null counts as absent."""
         value = self.config.get(field)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.name}: '{field}' must be a positive integer, not {value!r}")
-        most = _MOST_LAYERS if field in _LAYERS else _MOST
-        if value > most:
-            raise UserError(f"{self.name}: '{field}' is {value}; no more than {most} is supported")
-        return value
+        return positive_integer(default if value is None else value, field, self.name, layers=field in _LAYERS)
 
     def number(self, field: str, default: float | None = None, above: float = 0.0) -> float:
         """A finite number above `above`."""
         value = self.config.get(field)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < inf:
-            raise UserError(f"{self.name}: '{field}' must be a number above {above:g}, not {value!r}")
-        return float(value)
+        return finite_number(default if value is None else value, f"{self.name}: '{field}'", above)
 
     def flag(self, field: str, default: bool) -> bool:
         value = self.config.get(field)
@@ -75,8 +65,7 @@ class HfConfig:
         kind = given.pop("rope_type", given.pop("type", None)) or "default"
         given.pop("type", None)
         theta = given.pop("rope_theta", None) or self.config.get("rope_theta") or 10000.0
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-            raise UserError(f"{self.name}: 'rope_theta' must be a number above 0, not {theta!r}")
+        theta = finite_number(theta, f"{self.name}: 'rope_theta'", above=0.0)
         if any(isinstance(value, dict) for value in given.values()):
             raise UserError(f"{self.name}: rotary positions that differ by kind of layer are not supported")
         if given.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
@@ -87,7 +76,7 @@ class HfConfig:
             for key, value in given.items()
             if kind != "default" and value is not None
         )
-        return Rope(float(theta), str(kind), tuple(scaling))
+        return Rope(theta, str(kind), tuple(scaling))
 
 
 def check_plain(config: HfConfig) -> None:

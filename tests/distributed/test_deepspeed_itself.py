@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from compt_megatron.spec.megatron_names import megatron_place
 from compt_megatron.spec.table import ModelSpec
 from tests.distributed.deepspeed_cases import Case, load_and_train, train_and_save
 from tests.distributed.spawn import run_ranks
+from tests.unit.checkpoint_samples import refused
 
 STEPS, MORE = 3, 2
 CLIP = spec_from_config(
@@ -183,15 +183,6 @@ def test_deepspeed_loads_the_weights_alone(trained: Path, tmp_path: Path) -> Non
             assert torch.equal(found["weight"][name], value), name
 
 
-def _refused(act: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-
-
 def _copy(trained: Path, name: str, target: Path) -> Path:
     """A copy to break; returns the folder with the files."""
     shutil.copytree(trained / name, target)
@@ -204,36 +195,36 @@ def test_incomplete_and_damaged_checkpoints_are_refused(trained: Path, tmp_path:
     whole = last.read_bytes()
     for half in (whole[: len(whole) // 2], b"", whole[:-30] + bytes(30)):
         last.write_bytes(half)
-        _refused(lambda: open_reader(tmp_path / "a", CLIP), last.name, "damaged")
+        refused(lambda: open_reader(tmp_path / "a", CLIP), last.name, "damaged")
     last.unlink()
-    _refused(lambda: open_reader(tmp_path / "a", CLIP), "optimizer files of 1 ranks are there, 2 wrote it")
+    refused(lambda: open_reader(tmp_path / "a", CLIP), "optimizer files of 1 ranks are there, 2 wrote it")
     last.write_bytes(whole)
     first.rename(files / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    _refused(lambda: open_reader(tmp_path / "a", CLIP), "files of two checkpoints", last.name)
+    refused(lambda: open_reader(tmp_path / "a", CLIP), "files of two checkpoints", last.name)
     (files / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
-    _refused(lambda: open_reader(tmp_path / "a", CLIP), first.name, "missing")
+    refused(lambda: open_reader(tmp_path / "a", CLIP), first.name, "missing")
     (tmp_path / "a" / "latest").write_text("global_step9")
-    _refused(lambda: detect(tmp_path / "a"), "latest", "names 'global_step9', which is not there")
+    refused(lambda: detect(tmp_path / "a"), "latest", "names 'global_step9', which is not there")
     shards = _copy(trained, "three", tmp_path / "b")
     (shards / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink()
-    _refused(lambda: open_reader(tmp_path / "b", CLIP), "zero_pp_rank_0_mp_rank_00_model_states.pt", "missing")
+    refused(lambda: open_reader(tmp_path / "b", CLIP), "zero_pp_rank_0_mp_rank_00_model_states.pt", "missing")
 
 
 def test_what_is_not_supported_is_refused_with_the_reason(trained: Path, tmp_path: Path) -> None:
     files = _copy(trained, "two_bf16", tmp_path / "a")
-    _refused(lambda: open_reader(tmp_path / "a"), "does not record which model it holds", "--from")
-    _refused(lambda: open_reader(tmp_path / "a", GPT2), "another model than 'gpt2-tiny'", "transformer.wte.weight")
+    refused(lambda: open_reader(tmp_path / "a"), "does not record which model it holds", "--from")
+    refused(lambda: open_reader(tmp_path / "a", GPT2), "another model than 'gpt2-tiny'", "transformer.wte.weight")
     bigger = spec_from_config({**CLIP.config, "embed_dim": 16}, "bigger")
-    _refused(lambda: open_reader(tmp_path / "a", bigger), "'visual.proj' has shape (24, 12)", "needs (24, 16)")
+    refused(lambda: open_reader(tmp_path / "a", bigger), "'visual.proj' has shape (24, 12)", "needs (24, 16)")
     alone = spec_from_config({key: CLIP.config[key] for key in ("embed_dim", "vision_cfg")}, "alone")
-    _refused(lambda: open_reader(tmp_path / "a", alone), "it also has 'positional_embedding'")
+    refused(lambda: open_reader(tmp_path / "a", alone), "it also has 'positional_embedding'")
     for name, reason in (
         ("mp_rank_01_model_states.pt", "tensor or pipeline parallelism"),
         ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts"),
         ("layer_00-model_00-model_states.pt", "pipeline stages"),
     ):
         (files / name).touch()
-        _refused(lambda: open_reader(tmp_path / "a", CLIP), reason, name)
+        refused(lambda: open_reader(tmp_path / "a", CLIP), reason, name)
         (files / name).unlink()
 
 

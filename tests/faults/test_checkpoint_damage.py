@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,9 @@ from compt_megatron.checkpoint.formats import detect, open_reader
 from compt_megatron.checkpoint.manifest import manifest_bytes, manifest_path
 from compt_megatron.errors import UserError
 from compt_megatron.spec.families import spec_from_config
-from tests.unit.checkpoint_samples import CLIP, VISION, VIT, training_state, weights, write
+from tests.unit.checkpoint_samples import CLIP, VISION, VIT, refused, training_state, weights, write
 
 WIDER = spec_from_config({"embed_dim": 10, "vision_cfg": {**VISION, "width": 40, "pool_type": "avg"}}, "vit-wider")
-
-
-def _refused(act: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 @pytest.fixture
@@ -53,14 +43,14 @@ def _flip(path: Path, at: int) -> None:
 def test_one_flipped_bit_of_any_file_is_found(run: Path, file: str) -> None:
     check(run)
     _flip(run / file, (run / file).stat().st_size // 2)
-    _refused(lambda: check(run), file)
+    refused(lambda: check(run), file)
 
 
 def test_a_flipped_bit_is_found_before_any_tensor_of_the_file_is_used(run: Path) -> None:
     _flip(run / "__0_0.distcp", (run / "__0_0.distcp").stat().st_size - 900)
     reader = open_reader(run)
-    _refused(lambda: reader.read("weight/visual.proj"), "__0_0.distcp", "checksum")
-    _refused(lambda: convert(run, run.parent / "copy", "open_clip"), "__0_0.distcp")
+    refused(lambda: reader.read("weight/visual.proj"), "__0_0.distcp", "checksum")
+    refused(lambda: convert(run, run.parent / "copy", "open_clip"), "__0_0.distcp")
     assert {path.name for path in run.parent.iterdir()} == {"run"}
 
 
@@ -68,42 +58,42 @@ def test_flipped_and_truncated_exports_are_found_when_opened(exported: Path) -> 
     file = exported if exported.is_file() else exported / "open_clip_model.safetensors"
     good = file.read_bytes()
     _flip(file, len(good) // 2)
-    _refused(lambda: open_reader(exported), file.name, "checksum")
+    refused(lambda: open_reader(exported), file.name, "checksum")
     file.write_bytes(good[: len(good) // 3])
-    _refused(lambda: open_reader(exported), file.name, "truncated")
+    refused(lambda: open_reader(exported), file.name, "truncated")
     manifest_path(exported).unlink()
-    _refused(lambda: check(exported, VIT), str(exported))
+    refused(lambda: check(exported, VIT), str(exported))
 
 
 def test_truncated_and_missing_files_of_a_run_checkpoint(run: Path) -> None:
     data = run / "__0_0.distcp"
     os.truncate(data, 1000)
-    _refused(lambda: check(run), "__0_0.distcp", "truncated")
+    refused(lambda: check(run), "__0_0.distcp", "truncated")
     data.unlink()
-    _refused(lambda: open_reader(run).read("weight/visual.proj"), "__0_0.distcp", "missing")
+    refused(lambda: open_reader(run).read("weight/visual.proj"), "__0_0.distcp", "missing")
     (run / ".metadata").unlink()
-    _refused(lambda: open_reader(run), str(run), "megatron", "missing")
+    refused(lambda: open_reader(run), str(run), "megatron", "missing")
 
 
 def test_truncated_data_without_checksums_is_found(run: Path) -> None:
     (run / "compt.json").unlink()
     data = run / "__0_0.distcp"
     os.truncate(data, data.stat().st_size // 2)
-    _refused(lambda: check(run, VIT), "__0_0.distcp", "cannot read")
+    refused(lambda: check(run, VIT), "__0_0.distcp", "cannot read")
     (run / ".metadata").write_bytes((run / ".metadata").read_bytes()[:500])
-    _refused(lambda: open_reader(run, VIT), ".metadata", "damaged")
+    refused(lambda: open_reader(run, VIT), ".metadata", "damaged")
 
 
 def test_another_model_is_named(run: Path, exported: Path, tmp_path: Path) -> None:
     for path in (run, exported):
-        _refused(lambda path=path: open_reader(path, WIDER), "another model", "vit-wider")
+        refused(lambda path=path: open_reader(path, WIDER), "another model", "vit-wider")
         manifest_path(path).unlink()
         if path.is_dir() and path != run:
-            _refused(lambda path=path: open_reader(path, WIDER), "another model", "vit-wider")
+            refused(lambda path=path: open_reader(path, WIDER), "another model", "vit-wider")
             (path / "open_clip_config.json").unlink()
-        _refused(lambda path=path: open_reader(path), "does not record which model", "--from")
-        _refused(lambda path=path: open_reader(path, WIDER), "another model", "shape")
-        _refused(lambda path=path: open_reader(path, CLIP), "another model")
+        refused(lambda path=path: open_reader(path), "does not record which model", "--from")
+        refused(lambda path=path: open_reader(path, WIDER), "another model", "shape")
+        refused(lambda path=path: open_reader(path, CLIP), "another model")
         open_reader(path, VIT).close()
 
 
@@ -111,39 +101,39 @@ def test_one_tensor_too_many_or_too_few(run: Path, tmp_path: Path) -> None:
     content = json.loads((run / "compt.json").read_text())
     content["tensors"]["exp_avg/new"] = ["float32", [3]]
     (run / "compt.json").write_bytes(manifest_bytes({k: v for k, v in content.items() if k != "self"}))
-    _refused(lambda: check(run), "exp_avg/new", "missing")
+    refused(lambda: check(run), "exp_avg/new", "missing")
     path = write(tmp_path / "whole.pt", "open_clip", VIT, weights(VIT))
     state = {**torch.load(path, weights_only=True), "visual.extra": torch.zeros(1)}
     torch.save(state, tmp_path / "more.pt")
-    _refused(lambda: open_reader(tmp_path / "more.pt", VIT), "another model", "also has 'visual.extra'")
+    refused(lambda: open_reader(tmp_path / "more.pt", VIT), "another model", "also has 'visual.extra'")
     state = {f"visual.{key}": torch.zeros(1) for key in "ab"}
     torch.save(state, tmp_path / "other.pt")
-    _refused(lambda: open_reader(tmp_path / "other.pt", VIT), "another model", "it has no")
+    refused(lambda: open_reader(tmp_path / "other.pt", VIT), "another model", "it has no")
 
 
 def test_paths_that_hold_no_checkpoint(run: Path, tmp_path: Path) -> None:
-    _refused(lambda: detect(tmp_path / "rum"), "does not exist", "did you mean", "run")
-    _refused(lambda: detect(Path("/nowhere/at/all")), "does not exist")
+    refused(lambda: detect(tmp_path / "rum"), "does not exist", "did you mean", "run")
+    refused(lambda: detect(Path("/nowhere/at/all")), "does not exist")
     (tmp_path / "empty").mkdir()
-    _refused(lambda: detect(tmp_path / "empty"), "not a checkpoint")
+    refused(lambda: detect(tmp_path / "empty"), "not a checkpoint")
     (tmp_path / "notes.txt").write_text("nothing")
-    _refused(lambda: detect(tmp_path / "notes.txt"), "not a checkpoint")
+    refused(lambda: detect(tmp_path / "notes.txt"), "not a checkpoint")
     shutil.copytree(run, tmp_path / "half.partial")
-    _refused(lambda: inspect(tmp_path / "half.partial"), "unfinished")
+    refused(lambda: inspect(tmp_path / "half.partial"), "unfinished")
     shutil.copy(write(tmp_path / "e.safetensors", "open_clip", VIT, weights(VIT)), run / "open_clip_model.safetensors")
-    _refused(lambda: inspect(run), "two checkpoints", "megatron and open_clip")
+    refused(lambda: inspect(run), "two checkpoints", "megatron and open_clip")
 
 
 def test_a_stranger_in_the_folder_and_a_newer_version(run: Path) -> None:
     (run / "notes.txt").write_text("mine")
-    _refused(lambda: check(run), "notes.txt")
+    refused(lambda: check(run), "notes.txt")
     (run / "notes.txt").unlink()
     content = json.loads((run / "compt.json").read_text())
     content = {**content, "format_version": 3}
     (run / "compt.json").write_bytes(manifest_bytes({k: v for k, v in content.items() if k != "self"}))
-    _refused(lambda: open_reader(run), "format_version 3", "update compt_megatron")
+    refused(lambda: open_reader(run), "format_version 3", "update compt_megatron")
     (run / "compt.json").write_text("{}")
-    _refused(lambda: open_reader(run), "compt.json", "damaged")
+    refused(lambda: open_reader(run), "compt.json", "damaged")
 
 
 class _Evil:
@@ -155,9 +145,9 @@ def test_no_pickle_of_a_stranger_is_run(run: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     (run / "compt.json").unlink()
     (run / ".metadata").write_bytes(pickle.dumps(_Evil()))
-    _refused(lambda: open_reader(run, VIT), ".metadata", "posix.mkdir", "--trust-pickle")
+    refused(lambda: open_reader(run, VIT), ".metadata", "posix.mkdir", "--trust-pickle")
     torch.save({"state_dict": {"visual.proj": _Evil()}}, tmp_path / "evil.pt")
-    _refused(lambda: open_reader(tmp_path / "evil.pt", VIT), "evil.pt", "not loaded")
+    refused(lambda: open_reader(tmp_path / "evil.pt", VIT), "evil.pt", "not loaded")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(UserError):
         open_reader(run, VIT, trust_pickle=True)

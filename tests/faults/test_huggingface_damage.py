@@ -21,22 +21,13 @@ from compt_megatron.checkpoint.safetensors_file import SafetensorsFile
 from compt_megatron.errors import UserError
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
-from tests.unit.checkpoint_samples import VIT, weights, write
+from tests.unit.checkpoint_samples import VIT, refused, weights, write
 from tests.unit.hf_samples import CONFIGS
 
 INDEX = "model.safetensors.index.json"
 GPT2 = spec_from_config(CONFIGS["gpt2"], "gpt2")
 LLAMA = spec_from_config(CONFIGS["llama"], "llama")
 QWEN3 = spec_from_config(CONFIGS["qwen3"], "qwen3")
-
-
-def refused(act: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 def foreign(path: Path, spec: ModelSpec, shard: int = 10**9) -> Path:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from compt_megatron.checkpoint.contract import Layout, TensorInfo, Writer
 from compt_megatron.checkpoint.formats import open_writer
+from compt_megatron.errors import UserError
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
 
@@ -126,3 +128,13 @@ def row_share(value: torch.Tensor, rank: int, world: int) -> tuple[tuple[int, ..
     rows = value.shape[0]
     start, stop = rank * rows // world, (rank + 1) * rows // world
     return ((start, *(0,) * (value.dim() - 1)), value[start:stop]) if stop > start else None
+
+
+def refused(act: Callable[[], object], *words: str) -> None:
+    """`act` is a user's mistake, said in one line with these words."""
+    with pytest.raises(UserError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message

@@ -8,7 +8,7 @@ import pickle
 import random
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from compt_megatron.checkpoint.module_names import trainer_names
 from compt_megatron.checkpoint.open_files import OpenFiles
 from compt_megatron.checkpoint.saved_archive import SavedArchive
 from compt_megatron.checkpoint.sums import file_hash
-from compt_megatron.errors import UserError
 from compt_megatron.models.state import fuse, module_to_canonical
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
@@ -34,6 +33,7 @@ from tests.unit.checkpoint_samples import (
     VIT,
     Values,
     infos,
+    refused,
     row_share,
     training_state,
     weights,
@@ -74,15 +74,6 @@ def _state(spec: ModelSpec, dtype: torch.dtype = torch.bfloat16) -> Values:
         found = {name: value for name, value in found.items() if not name.startswith("master/")}
         found |= weights(spec) | {"align/image.weight": torch.randn(4, 6)}
     return found
-
-
-def _refused(act: Callable[[], object], *words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -220,11 +211,11 @@ def test_what_deepspeed_cannot_hold_is_said(tmp_path: Path) -> None:
     state = _state(GPT2)
     apart = state | {f"step/{name}": torch.tensor(float(i < 3)) for i, name in enumerate(GPT2.params)}
     without = {name: value for name, value in state.items() if not name.startswith("step/")}
-    _refused(lambda: write(tmp_path / "a", "deepspeed", GPT2, apart), "taken 0 to 7 optimizer steps", "counts one")
-    _refused(lambda: write(tmp_path / "a", "deepspeed", GPT2, without), "not the steps it has taken")
-    _refused(lambda: write(tmp_path / "a.pt", "deepspeed", GPT2, state), "a folder")
+    refused(lambda: write(tmp_path / "a", "deepspeed", GPT2, apart), "taken 0 to 7 optimizer steps", "counts one")
+    refused(lambda: write(tmp_path / "a", "deepspeed", GPT2, without), "not the steps it has taken")
+    refused(lambda: write(tmp_path / "a.pt", "deepspeed", GPT2, state), "a folder")
     extra = weights(VIT) | {"master/other": torch.ones(2)}
-    _refused(lambda: write(tmp_path / "a", "deepspeed", VIT, extra), "no place for 'master/other'")
+    refused(lambda: write(tmp_path / "a", "deepspeed", VIT, extra), "no place for 'master/other'")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "universal"}
     write(tmp_path / "a", "deepspeed", GPT2, without | {"step/optimizer": torch.tensor(5)})
     assert open_reader(tmp_path / "a").read("step/optimizer") == 5
@@ -239,12 +230,12 @@ def test_damage_is_found(tmp_path: Path, file: str) -> None:
     good = path.read_bytes()
     for bad in (good[:-1], bytes([good[0] ^ 1]) + good[1:]):
         path.write_bytes(bad)
-        _refused(lambda: check(tmp_path / "universal"), path.name)
+        refused(lambda: check(tmp_path / "universal"), path.name)
     path.unlink()
-    _refused(lambda: check(tmp_path / "universal"), path.name, "missing")
+    refused(lambda: check(tmp_path / "universal"), path.name, "missing")
     path.write_bytes(good)
     (path.parent / "more").touch()
-    _refused(lambda: check(tmp_path / "universal"), "not part of this checkpoint")
+    refused(lambda: check(tmp_path / "universal"), "not part of this checkpoint")
 
 
 class _Evil:
@@ -300,7 +291,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     path = _plain_checkpoint(tmp_path / "evil", client=_Evil(touched))
     for name in (path, path / "global_step2"):
-        _refused(lambda name=name: open_reader(name, VIT), "builtins.getattr", "--trust-pickle")
+        refused(lambda name=name: open_reader(name, VIT), "builtins.getattr", "--trust-pickle")
     assert not touched.exists()
     open_reader(path, VIT, trust_pickle=True)
     assert touched.exists()
