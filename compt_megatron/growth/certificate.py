@@ -136,7 +136,7 @@ def certify(plan: GrowthPlan, source_hash: str, source_path: str, dtype: str | N
         target={"name": plan.target.name, "digest": plan.target.digest},
         versions={
             "compt_megatron": _own_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # it is a class of its own
             "numpy": np.__version__,
             "python": platform.python_version(),
         },

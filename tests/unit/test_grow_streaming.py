@@ -398,3 +398,12 @@ def test_a_layout_is_refused_where_files_are_not_cut(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hf files are not cut for model-parallel ranks"):
         grow(source, tmp_path / "grown", to=make_spec(LARGE, "large"), layout=Layout(2, 1))
     assert not (tmp_path / "grown").exists()
+
+
+def test_processes_share_growth_and_agree_with_one(tmp_path: Path) -> None:
+    """Real processes, their messages and the certificate that comes back."""
+    source = write_fresh(make_spec(SMALL), tmp_path / "source", 1, "hf", dtype=torch.bfloat16)
+    options: dict[str, Any] = {"to": make_spec(LARGE, "large"), "axes": {"mlp": "append"}}
+    alone = grow(source, tmp_path / "one", **options)
+    assert grow(source, tmp_path / "two", **options, workers=2) == alone
+    assert content(tmp_path / "two") == content(tmp_path / "one")
