@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from compt_megatron import __version__
 from compt_megatron.cli_exit import guarded
 from compt_megatron.cli_parser import Parser, count, parse
-from compt_megatron.errors import UserError
+from compt_megatron.errors import Terminated, UserError
 from compt_megatron.spec.table import ModelSpec
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def grow(args: Arguments) -> None:
     from compt_megatron.growth.api import grow as grow_checkpoint
 
     sharing = _sharing(args)
-    with _transfer(args) as transfer:
+    with _terminable(), _transfer(args) as transfer:
         made = grow_checkpoint(
             args.src,
             args.dst,
@@ -103,7 +105,7 @@ def convert(args: Arguments) -> None:
     from compt_megatron.checkpoint.contract import Layout, dtype_of
 
     sharing = _sharing(args)
-    with _transfer(args) as transfer:
+    with _terminable(), _transfer(args) as transfer:
         left_out = convert_checkpoint(
             args.src,
             args.dst,
@@ -201,15 +203,30 @@ def _transfer(args: Arguments) -> Transfer:
 
 
 def _sharing(args: Arguments) -> dict[str, Any]:
-    """How the work is shared: --workers, or the processes of torchrun."""
-    from compt_megatron.checkpoint.workers import launched
+    """How the work is shared: --workers, or the processes of torchrun. This process is for nothing else."""
+    from compt_megatron.checkpoint.workers import launched, one_heap
 
+    one_heap()
     place = launched()
     if place is None:
         return {"workers": args.workers}
     if args.workers > 1:
         raise UserError(f"--workers {args.workers}: a launcher started {place.world} processes; leave it out")
     return {"shard": place.shard, "exchange": place.exchange}
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM leaves what is written, as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _spec(args: Arguments) -> ModelSpec | None:

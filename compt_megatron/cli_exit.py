@@ -18,6 +18,7 @@ from compt_megatron.errors import (
     EXIT_USER_ERROR,
     RunFolderTaken,
     StopRequested,
+    Terminated,
     UserError,
     WorkerLost,
 )
@@ -62,7 +63,7 @@ def _judge(error: BaseException) -> tuple[int, str]:
     line = " ".join(str(error).split())
     if isinstance(error, UserError):
         return EXIT_USER_ERROR, line
-    if isinstance(error, StopRequested):
+    if isinstance(error, StopRequested | Terminated):
         return EXIT_RESUMABLE, line or "stopped on request; start it again to go on"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_FAILED, "interrupted"

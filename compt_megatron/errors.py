@@ -22,3 +22,7 @@ class WorkerLost(RuntimeError):
 
 class StopRequested(Exception):
     """A signal asked the job to stop; it wrote a checkpoint and can be started again. Exit status 3."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM stopped a command that the same command continues. Exit status 3."""

@@ -7,6 +7,7 @@ written stays in `DST.partial/`, and the same command goes on from there.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from compt_megatron.errors import UserError, WorkerLost
 _POLL_S = 0.005
 _CHECK_S = 0.2  # how often a worker looks whether its starter still lives
 _PATIENCE = timedelta(days=7)  # of a worker of torchrun; a dead peer is torchrun's to notice
+_M_ARENA_MAX = -8  # malloc.h
 _COMMAND = "import sys; sys.path[:] = {path!r}; from compt_megatron.checkpoint.workers import _child; _child({number})"
 
 Progress = Callable[[int, int, int], None]  # bytes that are written, bytes in all, and those from an earlier run
@@ -43,6 +45,15 @@ class Place(NamedTuple):
     @property
     def shard(self) -> tuple[int, int]:
         return self.rank, self.world
+
+
+def one_heap() -> None:
+    """Let all threads of this process share one heap, for the sake of its peak memory: each of glibc's many keeps the
+    holes that large tensors leave. For a process that does nothing but stream, which rarely asks for memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 # -- started by torchrun -----------------------------------------------------------------------------------------------
@@ -177,6 +188,7 @@ _FOLLOWING = ("another worker failed", "another rank gave up")
 
 def _child(number: int) -> None:
     """A worker's whole life."""
+    one_heap()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter hears it and ends us
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     pipe = Connection(number)

@@ -12,7 +12,16 @@ from math import prod, sqrt
 
 import torch
 
-from compt_megatron.checkpoint.contract import Region, TensorInfo, region_shape, slabs, split_name, whole
+from compt_megatron.checkpoint.contract import (
+    Region,
+    TensorInfo,
+    dtype_name,
+    region_shape,
+    slabs,
+    split_name,
+    whole,
+)
+from compt_megatron.errors import UserError
 from compt_megatron.growth.means import sums, tree_sum
 from compt_megatron.growth.plan import (
     Contrast,
@@ -49,7 +58,16 @@ class Maker:
         self._scratch = torch.empty(2, _BLOCK, dtype=torch.float64)
 
     def make(self, name: str, region: Region | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Box `region` (all, if None) of target tensor `name` in `dtype`."""
+        """Box `region` (all, if None) of target tensor `name` in `dtype`. Raises UserError if a value is not finite."""
+        made = self._make(name, region, dtype)
+        if made.numel() and not all(bound.isfinite() for bound in torch.aminmax(made)):
+            raise UserError(
+                f"{name}: has values that are not finite in {dtype_name(dtype)}; the source has such values, or larger "
+                "ones than this dtype holds"
+            )
+        return made
+
+    def _make(self, name: str, region: Region | None, dtype: torch.dtype) -> torch.Tensor:
         tensor, self._prefix = self._tensors[name], split_name(name)[0]
         region = whole(tensor.shape) if region is None else region
         met = list(meetings(tensor, region))

@@ -265,6 +265,21 @@ def test_a_worker_that_dies_ends_the_command_and_leaves_the_rest(tmp_path: Path,
     assert [entry.name for entry in target.parent.iterdir()] == ["grown.partial"]
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_sigterm_leaves_what_the_same_command_continues(tmp_path: Path, command: list[str], count: str) -> None:
+    target = tmp_path / "out" / "grown"
+    command[5:6] = [str(target), "--format", "hf", "--workers", count]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (target.with_name("grown.partial") / ".journal-0").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    started.send_signal(signal.SIGTERM)
+    _, errors = started.communicate(timeout=60)
+    assert errors.splitlines() == ["compt: stopped on request; start it again to go on"]
+    assert started.returncode == 3
+    assert [entry.name for entry in target.parent.iterdir()] == ["grown.partial"]
+
+
 def test_workers_die_with_their_starter() -> None:
     """A worker looks for its starter: see that it ends when that has gone."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ def written(path: Path, spec: ModelSpec, tensors: State, metadata: dict) -> Path
     for name, value in tensors.items():
         writer.write(f"weight/{name}", (0,) * value.dim(), value)
     return writer.commit(metadata)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), None), (float("-inf"), None), (1e5, "float16")])
+def test_values_that_are_not_finite_are_not_grown(base: Path, tmp_path: Path, value: float, dtype: str | None) -> None:
+    tensors = weights(base)
+    name = next(name for name in tensors if name.endswith("c_fc.weight"))
+    tensors[name][-1, -1] = value
+    damaged = written(tmp_path / "damaged", make_spec(SMALL), tensors, {})
+    with pytest.raises(UserError, match=f"{re.escape(name)}: has values that are not finite in {dtype or 'float32'};"):
+        grow(damaged, tmp_path / "grown", make_spec(LARGE), dtype=dtype)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["base", "damaged"]
 
 
 def test_fresh_weights(base: Path) -> None:
