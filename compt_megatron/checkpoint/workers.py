@@ -215,6 +215,9 @@ def _child(number: int) -> None:
         if not user and not any(text in str(error) for text in _FOLLOWING):
             traceback.print_exc()
         say("error", (user, str(error) if user else f"worker {rank} of {world}: {error!r}"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # spares half a second of torch's clearing up
 
 
 def _die_with(starter: int) -> None:
