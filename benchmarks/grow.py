@@ -9,7 +9,7 @@ interpreter to its end. After each, in the same round, the result is copied by `
 was read once before, so that it is in memory where that is large enough. A worker's memory is the kernel's high-water
 mark. Peers: ml-hypercloning at twice the width (--hypercloning FOLDER, a checkout of apple/ml-hypercloning) and
 mergekit's passthrough that stacks the layers twice (pip install mergekit), each in an interpreter that has it (--peers
-PYTHON), its imports not counted. Writes benchmarks/results/grow.json.
+PYTHON), its imports not counted. Writes benchmarks/results/grow.json, or --out FILE.
 """
 
 from __future__ import annotations
@@ -307,6 +307,7 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, help="where the checkpoints go (default: a temporary folder)")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="an interpreter that has the peers")
     parser.add_argument("--hypercloning", type=Path, metavar="FOLDER", help="a checkout of apple/ml-hypercloning")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="where the results go")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compt-grow-", dir=options.work_dir) as folder:
         work = Path(folder)
@@ -372,8 +373,8 @@ def report(
         task = next(task for task, (_, peer) in tasks(Path()).items() if peer == name)
         result["peers"][name] = {"task": task, "MB_per_second": round(rate), "peak_MiB": peak, "runs": rows}
         print(f"{name:<20} {rows[0]['bytes'] / 1e9:6.2f} GB {rate:6.0f} MB/s, {peak} MiB")
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"limits: ratio {LIMIT}, {MEMORY_LIMIT} MiB: {'FAIL: ' + '; '.join(broken) if broken else 'pass'}")
     return 1 if broken else 0
 

@@ -26,7 +26,7 @@ Region = tuple[slice, ...]
 Words = npt.NDArray[np.uint64]
 Doubles = npt.NDArray[np.float64]
 
-_CHUNK = 1 << 15  # words transformed at once: the scratch arrays stay in the processor's cache
+_CHUNK = 1 << 14  # words transformed at once: the scratch arrays stay in the processor's cache
 _SEEK = 2048  # generating this many words takes about as long as moving the generator
 
 # fdlibm e_log.c, k_sin.c, k_cos.c; highest power first
@@ -167,6 +167,9 @@ def _fill(
         words = _gather(stream, some // 4, blocks)
         made = values(words.reshape(-1)).reshape(len(some), 4 * blocks)
         shifts = some % 4
+        if (shifts == shifts[0]).all():
+            out[row : row + runs] = made[:, shifts[0] : shifts[0] + length]
+            continue
         for shift in np.unique(shifts):
             rows = shifts == shift
             out[row : row + runs][rows] = made[rows, shift : shift + length]
@@ -174,8 +177,14 @@ def _fill(
 
 def _gather(stream: _Stream, firsts: npt.NDArray[np.int64], blocks: int) -> Words:
     """Words [runs, 4 * blocks] of runs that start at blocks `firsts`; near runs are cut out of one generated range."""
+    if len(firsts) == 1:
+        return stream.words(int(firsts[0]), blocks).reshape(1, -1)
     words = np.empty((len(firsts), 4 * blocks), dtype=np.uint64)
     far = np.flatnonzero(4 * (np.diff(firsts) - blocks) > _SEEK) + 1
+    if len(far) == len(firsts) - 1:  # each by itself
+        for row, first in enumerate(firsts.tolist()):
+            words[row] = stream.words(first, blocks)
+        return words
     for group, into in zip(np.split(firsts, far), np.split(words, far), strict=True):
         row = 0
         while row < len(group):
@@ -190,7 +199,13 @@ def _gather(stream: _Stream, firsts: npt.NDArray[np.int64], blocks: int) -> Word
 
 def _unit(words: Words) -> Doubles:
     """Uniforms in [0, 1) from the upper 53 bits."""
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    unit = (words >> np.uint64(11)).astype(np.float64)
+    unit *= 2.0**-53
+    return unit
+
+
+# Below, nearly everything is done in place and by whole-array integer operations where a choice is made: at 16 thousand
+# numbers a call, allocating and masking would cost more than the arithmetic.
 
 
 def _polynomial(x: Doubles, coefficients: tuple[float, ...]) -> Doubles:
@@ -203,38 +218,62 @@ def _polynomial(x: Doubles, coefficients: tuple[float, ...]) -> Doubles:
 
 
 def _log(x: Doubles) -> Doubles:
-    """Natural logarithm of positive normal numbers."""
+    """Natural logarithm of positive normal numbers: exponent ln 2 - ((f²/2 - s (f²/2 + z P(z))) - f)."""
     bits = x.view(np.int64)
-    exponent = (bits - _SQRT_HALF_BITS) >> 52
-    mantissa = (bits - (exponent << 52)).view(np.float64)  # in [sqrt(1/2), sqrt(2))
+    exponent = bits - _SQRT_HALF_BITS
+    exponent >>= 52
+    rest = exponent << 52
+    mantissa = np.subtract(bits, rest, out=rest).view(np.float64)  # in [sqrt(1/2), sqrt(2))
     f = mantissa - 1.0
-    s = f / (mantissa + 1.0)
+    mantissa += 1.0
+    s = np.divide(f, mantissa, out=mantissa)
     z = s * s
-    half = 0.5 * f * f
-    return exponent * _LN2 - ((half - s * (half + z * _polynomial(z, _LOG))) - f)
+    half = 0.5 * f
+    half *= f
+    value = _polynomial(z, _LOG)
+    value *= z
+    value += half
+    value *= s
+    np.subtract(half, value, out=value)
+    value -= f
+    return np.subtract(exponent * _LN2, value, out=value)
 
 
 def _sin_cos(turns: Doubles) -> tuple[Doubles, Doubles]:
-    """Sine and cosine of 2 pi * turns, for turns in [0, 1)."""
+    """Sine and cosine of 2 pi * turns, for turns in [0, 1): of x in [-pi/4, pi/4], then swapped and negated."""
     quarter = np.rint(4.0 * turns)
-    x = (turns - 0.25 * quarter) * (2.0 * pi)  # in [-pi/4, pi/4]; the difference is exact
-    z = x * x
-    sine = x + x * z * _polynomial(z, _SIN)
-    cosine = 1.0 - (0.5 * z - z * z * _polynomial(z, _COS))
     turn = quarter.astype(np.int64)
-    swap = (turn & 1).astype(bool)
-    sine, cosine = np.where(swap, cosine, sine), np.where(swap, sine, cosine)
-    np.negative(sine, out=sine, where=(turn & 2).astype(bool))
-    np.negative(cosine, out=cosine, where=((turn + 1) & 2).astype(bool))
+    quarter *= 0.25
+    x = np.subtract(turns, quarter, out=quarter)  # exact
+    x *= 2.0 * pi
+    z = x * x
+    sine = _polynomial(z, _SIN)
+    sine *= x * z
+    sine += x
+    cosine = _polynomial(z, _COS)
+    cosine *= z * z
+    z *= 0.5
+    np.subtract(z, cosine, out=cosine)
+    np.subtract(1.0, cosine, out=cosine)
+    left, right = sine.view(np.int64), cosine.view(np.int64)
+    differ = left ^ right
+    differ &= -(turn & 1)
+    left ^= differ
+    right ^= differ
+    left ^= (turn & 2) << 62
+    turn += 1
+    right ^= (turn & 2) << 62
     return sine, cosine
 
 
 def _box_muller(words: Words, scale: float) -> Doubles:
     """Normals of standard deviation `scale` from pairs of words: r cos and r sin, r = sqrt(-2 log u)."""
     unit = _unit(words)
-    radius = np.sqrt(-2.0 * _log(unit[0::2] + 2.0**-53)) * scale
-    sine, cosine = _sin_cos(unit[1::2])
-    out = np.empty_like(unit)
-    out[0::2] = radius * cosine
-    out[1::2] = radius * sine
-    return out
+    radius = _log(unit[0::2] + 2.0**-53)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    radius *= scale
+    sine, cosine = _sin_cos(unit[1::2].copy())
+    np.multiply(radius, cosine, out=unit[0::2])
+    np.multiply(radius, sine, out=unit[1::2])
+    return unit
