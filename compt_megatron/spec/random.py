@@ -26,8 +26,8 @@ Region = tuple[slice, ...]
 Words = npt.NDArray[np.uint64]
 Doubles = npt.NDArray[np.float64]
 
-_CHUNK = 1 << 14  # words transformed at once: the scratch arrays stay in the processor's cache
-_SEEK = 2048  # generating this many words takes about as long as moving the generator
+_CHUNK = 1 << 15  # words transformed at once: the scratch arrays stay in the processor's cache
+_SEEK = 512  # generating this many words takes about as long as moving the generator
 
 # fdlibm e_log.c, k_sin.c, k_cos.c; highest power first
 _LOG = (
