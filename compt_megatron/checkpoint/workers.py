@@ -28,7 +28,7 @@ from compt_megatron.errors import UserError, WorkerLost
 _POLL_S = 0.005
 _CHECK_S = 0.2  # how often a worker looks whether its starter still lives
 _PATIENCE = timedelta(days=7)  # of a worker of torchrun; a dead peer is torchrun's to notice
-_M_ARENA_MAX = -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _COMMAND = "import sys; sys.path[:] = {path!r}; from compt_megatron.checkpoint.workers import _child; _child({number})"
 
 Progress = Callable[[int, int, int], None]  # bytes that are written, bytes in all, and those from an earlier run
@@ -48,12 +48,15 @@ class Place(NamedTuple):
 
 
 def one_heap() -> None:
-    """Let all threads of this process share one heap, for the sake of its peak memory: each of glibc's many keeps the
-    holes that large tensors leave. For a process that does nothing but stream, which rarely asks for memory.
+    """Settle how this process, which does nothing but stream tensors, gets its memory from glibc.
+
+    One heap for all threads: each of the usual many keeps the holes that large tensors leave. And it keeps what was
+    freed at its end: to clear fresh pages again and again costs more than to make the values that go there.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 32 * 2**20), (_M_TRIM_THRESHOLD, 128 * 2**20)):
+            mallopt(option, value)
 
 
 # -- started by torchrun -----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ Region = tuple[slice, ...]
 Words = npt.NDArray[np.uint64]
 Doubles = npt.NDArray[np.float64]
 
-_CHUNK = 1 << 15  # words transformed at once: the scratch arrays stay in the processor's cache
+_CHUNK = 1 << 16  # words transformed at once: few enough for the processor's cache, enough for threads not to queue
 _SEEK = 512  # generating this many words takes about as long as moving the generator
 
 # fdlibm e_log.c, k_sin.c, k_cos.c; highest power first
@@ -204,7 +204,7 @@ def _unit(words: Words) -> Doubles:
     return unit
 
 
-# Below, nearly everything is done in place and by whole-array integer operations where a choice is made: at 16 thousand
+# Below, nearly everything is done in place and by whole-array integer operations where a choice is made: at 32 thousand
 # numbers a call, allocating and masking would cost more than the arithmetic.
 
 
