@@ -53,8 +53,8 @@ def _activations(member: Member, ranks: int) -> float:
     towers = 0.0
     for tower in member.spec.towers.values():
         sequences = rows * (data.captions if tower.name == "text" else 1)
-        kept = 1 if layout.recompute else _KEPT_PER_UNIT / layout.tensor
-        one_block = _KEPT_PER_UNIT if layout.recompute else 0
+        kept = 1 if layout.recompute == "full" else _KEPT_PER_UNIT / layout.tensor
+        one_block = _KEPT_PER_UNIT if layout.recompute == "full" else 0
         units = sequences * tower.tokens * tower.width
         towers += units * size * (kept * tower.layers / layout.pipeline + one_block)
     gathered = data.batch_size * member.spec.joint * (1 + data.captions) * 4  # every rank sees all features, in fp32

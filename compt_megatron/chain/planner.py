@@ -165,7 +165,7 @@ def _plan(
     aligned = samples * _aligned_share(member)
     layout = member.settings.parallel
     forward = per_sample["train"] / 3
-    extra = forward * ((layout.micro_batches > 1) + layout.recompute)
+    extra = forward * ((layout.micro_batches > 1) + (layout.recompute == "full"))
     macs = {
         "train": per_sample["train"] * samples,
         "teacher": per_sample["teacher"] * aligned,

@@ -116,7 +116,7 @@ TWO = {"compt-ViT-T-16": 2, "compt-ViT-S-16": 1}
             4,
             "links.1 (compt-ViT-S-16): parallel.tensor is 4, which does not divide",
         ),
-        ({"parallel": {"pipeline": 5}}, 5, "parallel.pipeline is 5, which does not divide the 12 layers"),
+        ({"parallel": {"engine": "megatron", "pipeline": 5}}, 5, "parallel.pipeline is 5, which does not divide"),
         ({"parallel": {"tensor": 3}}, 3, "parallel.tensor must be 1 with the deepspeed engine"),
         ({"parallel": {"micro_batches": 3}}, 1, "data.batch_size 1024 is not divisible by 1 ranks x 3 micro-batches"),
         ({}, 3, "data.batch_size 1024 is not divisible by 3 ranks"),

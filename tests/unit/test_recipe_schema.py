@@ -141,6 +141,28 @@ def test_a_recipe_does_not_change_after_loading() -> None:
         ({"optimizer__lr": float("nan")}, "r: optimizer.lr: needs a number > 0, not nan"),
         ({"optimizer__betas": [0.9]}, "of exactly 2, not [0.9]"),
         ({"parallel": {"zero": 4}}, "r: parallel.zero: needs one of 0, 1, 2, 3, not 4"),
+        ({"parallel": {"recompute": 1}}, "r: parallel.recompute: needs one of none, selective, full, not 1"),
+        ({"parallel": {"pipeline": 2}}, "r: parallel: pipeline 2 does not go with engine 'deepspeed'"),
+        ({"parallel": {"pipeline": 2, "zero": 3}}, "use engine: megatron with zero: 1"),
+        ({"parallel": {"engine": "megatron", "zero": 2}}, "r: parallel: zero 2 does not go with engine 'megatron'"),
+        ({"parallel": {"engine": "megatron", "offload": "optimizer"}}, "remove it or use engine: deepspeed"),
+        ({"parallel": {"virtual": 2}}, "r: parallel: virtual 2 needs a pipeline"),
+        (
+            {"parallel": {"engine": "megatron", "pipeline": 4, "virtual": 2, "micro_batches": 6}},
+            "r: parallel: micro_batches 6 is not a multiple of pipeline 4, as virtual 2 needs; use micro_batches: 8",
+        ),
+        ({"parallel": {"sequence": True}}, "r: parallel: 'sequence' splits tokens over tensor-parallel ranks"),
+        ({"links__1__parallel": {"sequence": True}}, "r: links.1.parallel: 'sequence' splits tokens"),
+        ({"parallel": {"zero": 0, "offload": "optimizer"}}, "'offload' needs a sharded optimizer; use zero: 1"),
+        (
+            {"parallel": {"zero": 2, "offload": "parameters"}},
+            "'offload: parameters' needs sharded weights; use zero: 3",
+        ),
+        ({"parallel": {"zero": 3, "offload_path": "/nvme"}}, "'offload_path' is where something is offloaded to"),
+        (
+            {"parallel": {"zero": 2, "offload": "optimizer", "offload_path": "/nvme"}},
+            "'offload_path' needs zero: 3; use that, or remove it",
+        ),
         ({"links__0__epochs": "four"}, "r: links.0.epochs: needs a number > 0 or null, not 'four'"),
         ({"links__0__steps": 5}, "r: links.0: give exactly one of 'epochs' and 'steps'"),
         ({"links__0__grow": {}}, "r: links.0.grow: the first link has no predecessor"),
@@ -169,3 +191,8 @@ def test_a_mistake_is_one_line_with_its_place(paths: dict[str, Any], message: st
 
 def test_a_later_link_may_start_from_scratch_when_it_says_so() -> None:
     assert recipe_from(changed(links__1__grow=None)).links[1].grow is None
+
+
+@pytest.mark.parametrize(("given", "meant"), [(True, "full"), (False, "none"), ("selective", "selective")])
+def test_recompute_may_be_said_with_true_and_false(given: bool | str, meant: str) -> None:
+    assert recipe_from(changed(parallel={"recompute": given})).parallel.recompute == meant
