@@ -38,11 +38,13 @@ def open_clip_model(config: dict[str, Any], seed: int = 0, noise: float = 0.02) 
     A config without text_cfg gets a small text tower, which open_clip's class needs; nobody looks at it.
     """
     ensure_torchvision()
-    from open_clip.model import CLIP
+    from open_clip.model import CLIP, CustomTextCLIP
 
     torch.manual_seed(seed)
     text_cfg = config.get("text_cfg") or {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-    model = CLIP(**{**config, "text_cfg": text_cfg}).eval()
+    fields = {**config, "text_cfg": text_cfg}
+    kind = CustomTextCLIP if fields.pop("custom_text", False) else CLIP
+    model = kind(**fields).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=noise)

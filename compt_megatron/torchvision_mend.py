@@ -9,9 +9,16 @@ the C++ operators themselves raises.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 
 _library = None  # the schemas live as long as this object
+
+
+def ensure_torchvision_if_installed() -> None:
+    """Where torchvision is not installed, nothing; otherwise as `ensure_torchvision`."""
+    if importlib.util.find_spec("torchvision") is not None:
+        ensure_torchvision()
 
 
 def ensure_torchvision() -> None:

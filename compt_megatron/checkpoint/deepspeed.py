@@ -16,6 +16,7 @@ from compt_megatron.checkpoint.contract import Format, Region, TensorInfo, check
 from compt_megatron.checkpoint.deepspeed_files import find_spec, zero_folder
 from compt_megatron.checkpoint.deepspeed_zero import ZeroFolder
 from compt_megatron.checkpoint.module_names import find_names, projection
+from compt_megatron.spec.open_clip_names import named_as
 from compt_megatron.spec.table import ModelSpec
 
 _STEP = torch.float32
@@ -29,9 +30,9 @@ class DeepSpeedReader:
         folder = zero_folder(path)
         assert folder is not None, f"{path} is no DeepSpeed checkpoint"
         found = find_spec(folder, spec)
-        self.spec: ModelSpec | None = found
         self._folder = ZeroFolder(folder, trust_pickle)
         self._names, self._notes = find_names(path, found, self._folder.shapes)
+        self.spec: ModelSpec | None = named_as(found, self._names.shapes)
         self._tensors = self._named(found)
 
     def _named(self, spec: ModelSpec) -> dict[str, TensorInfo]:

@@ -34,6 +34,7 @@ from compt_megatron.checkpoint.open_files import OpenFiles
 from compt_megatron.checkpoint.saved_archive import SavedArchive, StoredTensor
 from compt_megatron.errors import UserError
 from compt_megatron.spec.megatron_names import Rows
+from compt_megatron.spec.open_clip_names import named_as
 from compt_megatron.spec.table import ModelSpec
 
 _PREFIXES = ("weight", "master", "exp_avg", "exp_avg_sq", "step", "align")
@@ -50,7 +51,6 @@ class UniversalReader:
         root = _root(path, folder)
         self._manifest = read_manifest(root)
         found = recorded_spec(self._manifest, spec, path) or find_spec(folder, spec)
-        self.spec: ModelSpec | None = found
         self._guard, self._inner = Guard(root, self._manifest), folder.relative_to(root)
         self._files = OpenFiles(os.O_RDONLY)
         self._archives: dict[str, SavedArchive] = {}
@@ -60,6 +60,7 @@ class UniversalReader:
             if entry.is_dir()
         }
         self._names, self._notes = find_names(path, found, self._shapes())
+        self.spec: ModelSpec | None = named_as(found, self._names.shapes)
         self._module = self._read_module()
         self._tensors = self._found() if self._manifest is None else self._recorded(self._manifest)
 

@@ -1,8 +1,9 @@
 """Under which names a training module holds the parameters of the table.
 
-A DeepSpeed folder has the names of its user's module. Three kinds are known: open_clip's, transformers', and those of
-this project's own (megatron-core's) modules; each may stand behind a prefix (`module.`, `model.`, ...). `trainer_names`
-are those that a user's trainer has, `find_names` recognises the kind from the names that are stored.
+A DeepSpeed folder has the names of its user's module. Three kinds are known: open_clip's (its `CLIP`'s or its
+`CustomTextCLIP`'s), transformers', and those of this project's own (megatron-core's) modules; each may stand behind a
+prefix (`module.`, `model.`, ...). `trainer_names` are those that a user's trainer has, `find_names` recognises the kind
+from the names that are stored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from compt_megatron.checkpoint.contract import Region, region_shape
 from compt_megatron.errors import UserError
 from compt_megatron.spec.huggingface_names import hf_place, hf_shapes
 from compt_megatron.spec.megatron_names import Rows, megatron_place
-from compt_megatron.spec.open_clip_names import open_clip_place, open_clip_shapes
+from compt_megatron.spec.open_clip_names import open_clip_place, open_clip_shapes, with_custom_text
 from compt_megatron.spec.table import ModelSpec
 
 _PROJECTIONS = "projections.layers."  # the parameters beside the model in this project's training module: align/
@@ -118,7 +119,9 @@ def projection_key(name: str) -> str:
 
 def _best(path: Path, spec: ModelSpec, stored: Collection[str]) -> ModuleNames:
     best = (-1, "")
-    for names in (trainer_names(spec), _megatron(spec)):
+    custom = bool(spec.config.get("custom_text"))
+    others = [_open_clip(with_custom_text(spec, not custom))] if spec.family == "clip" else []
+    for names in (trainer_names(spec), *others, _megatron(spec)):
         for prefix in _prefixes(names, stored):
             missing = [key for key in names.shapes if prefix + key not in stored]
             if not missing:

@@ -26,12 +26,12 @@ from compt_megatron.checkpoint.state_file import holds_language_model, is_state_
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import read_json
 from compt_megatron.spec.families import spec_from_config
-from compt_megatron.spec.open_clip_names import open_clip_place, open_clip_shapes
+from compt_megatron.spec.open_clip_names import named_as, open_clip_place, open_clip_shapes
 from compt_megatron.spec.table import ModelSpec
 
 _FOLDER_WEIGHTS = (WEIGHTS, "open_clip_pytorch_model.bin")
 # entries of older files that are no parameters: open_clip drops them too
-_NO_PARAMETERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask")
+_NO_PARAMETERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "visual.attn_mask", "text.attn_mask")
 
 
 class OpenClipReader:
@@ -49,14 +49,15 @@ class OpenClipReader:
         else:
             guard = Guard(path.parent, under_name(self._manifest, path.name))
         found = self._find_spec(spec)
-        self.spec: ModelSpec | None = found
         guard.file(file.name)
         self._state = open_state_file(file, trust_pickle)
-        self._places = {f"weight/{name}": open_clip_place(found, name) for name in found.params}
         stored = self._state.tensors()
         wrapped = "module." if stored and all(key.startswith("module.") for key in stored) else ""
         self._keys = {key.removeprefix(wrapped): key for key in stored}
         self._stored = {key: stored[full] for key, full in self._keys.items()}
+        found = named_as(found, self._stored)
+        self.spec: ModelSpec | None = found
+        self._places = {f"weight/{name}": open_clip_place(found, name) for name in found.params}
         self._check_shapes(found)
 
     def _find_spec(self, given: ModelSpec | None) -> ModelSpec:
@@ -75,7 +76,7 @@ class OpenClipReader:
             if key not in self._stored:
                 raise UserError(
                     f"{self.path}: checkpoint of another model than '{spec.name}': it has no '{key}'; "
-                    "name the right model config with --from"
+                    f"name {_right_config(key, 'without')} with --from"
                 )
             if (stored := self._stored[key].shape) != shape:
                 raise UserError(
@@ -86,7 +87,7 @@ class OpenClipReader:
             if key not in expected and key not in _NO_PARAMETERS:
                 raise UserError(
                     f"{self.path}: checkpoint of another model than '{spec.name}': it also has '{key}'; "
-                    "name the right model config with --from"
+                    f"name {_right_config(key, 'with')} with --from"
                 )
 
     def tensors(self) -> dict[str, TensorInfo]:
@@ -112,6 +113,12 @@ class OpenClipReader:
 
     def close(self) -> None:
         self._state.close()
+
+
+def _right_config(key: str, with_or_without: str) -> str:
+    """What the user should name, `key` being the tensor that is missing or should not be there."""
+    scale = key.endswith((".ls_1.gamma", ".ls_2.gamma"))
+    return f"a model config {with_or_without} ls_init_value" if scale else "the right model config"
 
 
 def _weights_name(folder: Path) -> str:

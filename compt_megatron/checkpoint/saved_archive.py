@@ -10,6 +10,7 @@ import collections
 import io
 import os
 import pickle
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from compt_megatron.checkpoint.contract import Region
 from compt_megatron.checkpoint.open_files import OpenFiles
 from compt_megatron.checkpoint.saved_tensor import LOCAL_HEADER, STORAGES, FileSlice, fill, read_strided, strides
 from compt_megatron.errors import UserError
+from compt_megatron.torchvision_mend import ensure_torchvision_if_installed
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class _Unpickler(pickle.Unpickler):
         if module.startswith(self._inert):
             return Inert
         if self._trust:
+            if module not in sys.modules:  # a model's class: its module may import torchvision
+                ensure_torchvision_if_installed()
             return super().find_class(module, name)
         raise PermissionError(f"{module}.{name}")
 
@@ -120,6 +124,11 @@ def _described(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) ->
     if found.span > room:
         raise ValueError(f"a tensor of {found.span} elements where {room} are stored")
     return found
+
+
+def not_installed(path: Path, error: ModuleNotFoundError) -> str:
+    """What is said of a pickle whose classes are in a package that is not here."""
+    return f"{path}: its pickle needs the package '{error.name}'; install it, or save the model's state dict alone"
 
 
 class SavedArchive:
@@ -160,6 +169,8 @@ class SavedArchive:
             raise UserError(
                 f"{path}: its pickle asks for {error}; if you trust who wrote it, pass --trust-pickle"
             ) from error
+        except ModuleNotFoundError as error:
+            raise UserError(not_installed(path, error)) from error
         except Exception as error:  # damaged bytes raise nearly anything
             reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
             raise UserError(

@@ -1,10 +1,11 @@
-"""A state dict that torch.save wrote, bare or inside a trainer's file, read by boxes."""
+"""A state dict that torch.save wrote, bare, inside a trainer's file or inside a whole model, read by boxes."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 
 from compt_megatron.checkpoint.contract import Region, TensorInfo
 from compt_megatron.checkpoint.open_files import OpenFiles
-from compt_megatron.checkpoint.saved_archive import SavedArchive, StoredTensor
+from compt_megatron.checkpoint.saved_archive import SavedArchive, StoredTensor, not_installed
 from compt_megatron.errors import UserError
+from compt_megatron.torchvision_mend import ensure_torchvision_if_installed
 
 _ZIP, _LEGACY_PICKLE = b"PK\x03\x04", b"\x80\x02"
 
@@ -43,8 +45,8 @@ def pickle_bytes(path: Path, limit: int) -> bytes:
 class TorchFile:
     """An open file of torch.save. Tensors are read where they lie; what is no plain archive is loaded by torch.
 
-    Raises UserError if it is damaged, holds no state dict, not only plain tensors, or objects of other classes and
-    `trust_pickle` is not given.
+    A whole model, pickled or as TorchScript, is taken where `trust_pickle` is given. Raises UserError if the file is
+    damaged, holds no state dict, not only plain tensors, or objects of other classes and `trust_pickle` is not given.
     """
 
     def __init__(self, path: Path, trust_pickle: bool = False) -> None:
@@ -84,9 +86,13 @@ class TorchFile:
 
 
 def _loaded(path: Path, trust_pickle: bool) -> Any:
+    if trust_pickle:
+        ensure_torchvision_if_installed()
     try:
         mapped = zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*TorchScript archive")
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"its pickle asks for {wanted.group(1)}" if wanted else "its pickle is not a plain one"
@@ -94,13 +100,22 @@ def _loaded(path: Path, trust_pickle: bool) -> Any:
             f"{path}: holds more than tensors and is not loaded ({reason}); save its state dict alone, or pass "
             "--trust-pickle if you trust who wrote it"
         ) from error
+    except ModuleNotFoundError as error:
+        raise UserError(not_installed(path, error)) from error
     except Exception as error:  # damaged bytes raise nearly anything
+        if not trust_pickle and "TorchScript" in str(error):
+            raise UserError(
+                f"{path}: a TorchScript model, whose code would run; save its state dict alone, or pass --trust-pickle "
+                "if you trust who wrote it"
+            ) from error
         reason = str(error).strip().splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: damaged or no torch file ({reason}); restore it or use another") from error
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, torch.Tensor | StoredTensor]:
-    """The tensors by name of what a file holds: a state dict, or a trainer's file with one as `state_dict`."""
+    """The tensors by name of what a file holds: a model, a state dict, or a trainer's file with one as `state_dict`."""
+    if isinstance(content, torch.nn.Module):
+        content = content.state_dict(keep_vars=True)  # its tensors may be descriptions, which cannot be detached
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):

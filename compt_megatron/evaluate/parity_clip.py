@@ -44,18 +44,19 @@ def probe(reader_a: Reader, reader_b: Reader, seed: int) -> Probe:
 
 
 def build(reader: Reader) -> torch.nn.Module:
-    """open_clip's model of a checkpoint, fp32 on the CPU, strictly loaded: `CLIP`, or its vision tower for a plain
-    ViT."""
+    """open_clip's model of a checkpoint, fp32 on the CPU, strictly loaded: `CLIP` or `CustomTextCLIP`, or the vision
+    tower alone for a plain ViT."""
     spec = _spec(reader)
     state = open_clip_state(reader)
     ensure_torchvision()
-    from open_clip.model import CLIP, _build_vision_tower
+    from open_clip.model import CLIP, CustomTextCLIP, _build_vision_tower
 
     config = spec.config
     with torch.random.fork_rng(devices=[]):
         if spec.family == "clip":
             fields = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias")
-            model: torch.nn.Module = CLIP(**{field: config[field] for field in fields if field in config})
+            kind = CustomTextCLIP if config.get("custom_text") else CLIP
+            model: torch.nn.Module = kind(**{field: config[field] for field in fields if field in config})
         else:
             model = _build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False))
             state = {name.removeprefix("visual."): tensor for name, tensor in state.items()}

@@ -18,6 +18,7 @@ _SAME = (
     ("ln_pre", "norm before the first block (no_ln_pre)"),
     ("norm_after_pool", "place of the final norm (final_ln_after_pool)"),
     ("causal", "attention mask"),
+    ("layer_scale", "layer scale (ls_init_value)"),
     ("norm", "kind of norm"),
     ("gated", "kind of MLP"),
     ("head_norm", "norm inside the heads"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from math import prod, sqrt
+from math import prod
 
 import torch
 
@@ -24,15 +24,16 @@ from compt_megatron.checkpoint.contract import (
 from compt_megatron.errors import UserError
 from compt_megatron.growth.means import sums, tree_sum
 from compt_megatron.growth.plan import (
-    Contrast,
     Copy,
     GrowthPlan,
+    Level,
     Part,
     Random,
     Reduce,
     TensorPlan,
     pair_signs,
 )
+from compt_megatron.growth.vectors import Vectors
 from compt_megatron.spec.random import initial
 from compt_megatron.spec.table import Param
 
@@ -54,7 +55,7 @@ class Maker:
         self._tensors = {f"{prefix}/{name}": tensor for prefix, name, tensor in plan.boundary()}
         self._prefix = "weight"
         self._means: OrderedDict[object, torch.Tensor] = OrderedDict()
-        self._contrasts: dict[tuple[str, Contrast], tuple[torch.Tensor, float]] = {}
+        self._vectors = Vectors(read)
         self._scratch = torch.empty(2, _BLOCK, dtype=torch.float64)
 
     def make(self, name: str, region: Region | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -98,6 +99,8 @@ class Maker:
                 self._scale(out, values, piece.scale, fresh, piece.noise.scale)
         elif isinstance(piece, Reduce):
             self._reduce(out, part, piece, inside)
+        elif isinstance(piece, Level):
+            out.fill_(self._vectors.level(self._prefix, piece.source, piece.size)[1])
         elif isinstance(piece, Random):
             assert param is not None
             fresh = self._fresh(param, inside)
@@ -108,7 +111,7 @@ class Maker:
         elif piece.contrast is None:
             out.fill_(piece.value)
         else:
-            out.copy_(piece.value / (self._contrast(piece.contrast)[1] * _signs(part, 0, inside)))
+            out.copy_(piece.value / (self._vectors.contrast(self._prefix, piece.contrast)[1] * _signs(part, 0, inside)))
 
     def _fresh(self, param: Param, region: Region) -> torch.Tensor:
         """A parameter's fresh values in a region, fp32."""
@@ -156,7 +159,7 @@ class Maker:
         shape = [1] * len(inside)
         shape[piece.dim] = -1
         signs = _signs(part, piece.dim, inside).reshape(shape)
-        contrast = self._contrast(piece.contrast)[1] * contrast
+        contrast = self._vectors.contrast(self._prefix, piece.contrast)[1] * contrast
         mean, contrast, signs = (each.expand(out.shape) for each in (mean, contrast, signs))
         for block in _blocks(out.shape):
             out[block].copy_(piece.scale * (mean[block] + signs[block] * contrast[block]))
@@ -167,8 +170,12 @@ class Maker:
         if key not in self._means:
             weights = torch.zeros(piece.size, dtype=torch.float64)
             if piece.contrast is not None:
-                weights = self._contrast(piece.contrast)[0] / piece.size
+                weights = self._vectors.contrast(self._prefix, piece.contrast)[0] / piece.size
+            elif piece.weights is not None:
+                weights = self._vectors.level(self._prefix, piece.weights, piece.size)[0]
             found = sums(lambda box: self._read(piece.source, box), region, piece.dim, weights)
+            if piece.weights is not None:
+                found[0] = found[1]
             found[0] /= piece.size
             if piece.across is not None:
                 dim, size = piece.across
@@ -177,17 +184,6 @@ class Maker:
             if len(self._means) > _KEPT:
                 self._means.popitem(last=False)
         return self._means[key]
-
-    def _contrast(self, contrast: Contrast) -> tuple[torch.Tensor, float]:
-        """gamma - mean(gamma), and kappa, in fp64."""
-        key = (self._prefix, contrast)
-        if key not in self._contrasts:
-            gamma = self._read(contrast.gamma, (slice(0, contrast.size),)).double()
-            deviations = gamma - tree_sum(gamma, 0) / contrast.size
-            std = sqrt(tree_sum(deviations.square(), 0).item() / contrast.size)
-            kappa = min(contrast.ceiling, contrast.ratio / std) if std > 0 else contrast.ceiling
-            self._contrasts[key] = deviations, kappa
-        return self._contrasts[key]
 
 
 # a part, and where it meets a region of the target: in the target's coordinates, and in the region's own
@@ -201,6 +197,10 @@ def needs(tensor: TensorPlan, region: Region) -> Iterator[tuple[str, Region]]:
     for part, inside, _ in met:
         if isinstance(part.piece, Reduce):
             yield part.piece.source, _reduced(part, part.piece, inside)
+            if part.piece.weights is not None:
+                yield part.piece.weights, (slice(0, part.piece.size),)
+        if isinstance(part.piece, Level):
+            yield part.piece.source, (slice(0, part.piece.size),)
         contrast = getattr(part.piece, "contrast", None)
         if contrast is not None:
             yield contrast.gamma, (slice(0, contrast.size),)

@@ -116,6 +116,7 @@ class _AxisPlanning:
             source=source.towers.get(param.tower),
             target=tower,
             pre_gamma=_pre_gamma(source, param.tower) if tower and tower.ln_pre else None,
+            scaled_by=origin.scaled_by,
             noise=self.request.noise,
         )
 

@@ -68,7 +68,8 @@ class Reduce:
     """Row j along `dim` of the box = scale * mean of all `size` source rows along `dim` (and a contrast, if given).
 
     `start`: the source index of the box's first element in the other dimensions; 0 in `dim`. `across`: a second
-    dimension, (index, size), over which those means are averaged in turn.
+    dimension, (index, size), over which those means are averaged in turn. `weights`: a source tensor of `size` entries;
+    row i counts times entry i over their root mean square (as it is, if that is 0).
     """
 
     kind: ClassVar[str] = "reduce"
@@ -79,11 +80,25 @@ class Reduce:
     scale: float = 1.0
     contrast: Contrast | None = None
     across: tuple[int, int] | None = None
+    weights: str | None = None
 
     def __str__(self) -> str:
         more = f" ± kappa * contrast by {self.contrast.gamma}" if self.contrast else ""
         over = f"dimension {self.dim}" if self.across is None else f"dimensions {self.dim} and {self.across[0]}"
-        return f"mean of {self.source} over {over}{more}{_times(self.scale)}"
+        weighted = f" weighted by {self.weights}" if self.weights else ""
+        return f"mean of {self.source} over {over}{weighted}{more}{_times(self.scale)}"
+
+
+@dataclass(frozen=True)
+class Level:
+    """Every element is the root mean square of the `size` entries of a source tensor of one dimension."""
+
+    kind: ClassVar[str] = "level"
+    source: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"root mean square of {self.source}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ class Random:
         return f"fresh{_times(self.scale)}"
 
 
-Piece = Copy | Reduce | Constant | Random
+Piece = Copy | Reduce | Level | Constant | Random
 
 
 def _times(scale: float) -> str:
@@ -153,8 +168,10 @@ class TensorPlan:
     def sources(self) -> Iterator[str]:
         """Names of the source tensors that it reads."""
         for part in self.parts:
-            if isinstance(part.piece, Copy | Reduce):
+            if isinstance(part.piece, Copy | Reduce | Level):
                 yield part.piece.source
+            if isinstance(part.piece, Reduce) and part.piece.weights:
+                yield part.piece.weights
             if isinstance(part.piece, Reduce | Constant) and part.piece.contrast:
                 yield part.piece.contrast.gamma
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from compt_megatron.errors import UserError
 from compt_megatron.growth.plan import Box, Copy, Exactness, GrowthPlan, Part, Random, TensorPlan
 from compt_megatron.growth.request import Request
-from compt_megatron.spec.open_clip_names import open_clip_place, open_clip_shapes
+from compt_megatron.spec.open_clip_names import fused_place
 from compt_megatron.spec.table import ModelSpec, Param
 
 
@@ -41,7 +41,7 @@ class ReferenceOperator:
         )
 
     def _tensor(self, request: Request, names: _FileIndex, param: Param) -> TensorPlan:
-        place = open_clip_place(request.target, param.name)
+        place = fused_place(request.target, param.name)
         key = self._source_key(request, param, place.key)
         copies = [] if key is None else list(names.corner(key, place.start, param.shape))
         boxes = [part.box for part in copies]
@@ -61,13 +61,12 @@ class ReferenceOperator:
 
 
 class _FileIndex:
-    """The source's open_clip tensors: their shapes and which canonical parameters their rows are."""
+    """Which canonical parameters the rows of the source's open_clip tensors are."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self.shapes = open_clip_shapes(spec)
         self.rows: dict[str, list[tuple[int, str, Param]]] = {}
         for name, param in spec.params.items():
-            place = open_clip_place(spec, name)
+            place = fused_place(spec, name)
             self.rows.setdefault(place.key, []).append((place.start, name, param))
 
     def corner(self, key: str, start: int, shape: tuple[int, ...]) -> Iterator[Part]:

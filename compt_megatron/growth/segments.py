@@ -7,7 +7,7 @@ from itertools import product
 from math import prod
 from typing import Literal
 
-from compt_megatron.growth.plan import Constant, Contrast, Copy, Noise, Part, Piece, Random, Reduce
+from compt_megatron.growth.plan import Constant, Contrast, Copy, Level, Noise, Part, Piece, Random, Reduce
 from compt_megatron.spec.table import Param, Tower
 
 
@@ -15,18 +15,20 @@ from compt_megatron.spec.table import Param, Tower
 class Segment:
     """Target indices [start, stop) of one dimension.
 
-    `old`: source indices from `source` on, times `scale`; `mean`: the mean of all source rows times `scale`; `free`: a
-    fresh value times `scale`; `value`: the number `value`. `contrast`: see the pieces of plan.py. Of `old` only:
+    `old`: source indices from `source` on, times `scale`; `mean`: the mean of all source rows times `scale`; `level`:
+    the root mean square of all source entries; `free`: a fresh value times `scale`; `value`: the number `value`.
+    `contrast` and `weights`: see the pieces of plan.py. Of `old` only:
     `gradient`, that of an element in units of its source element's (None: 1 / scale); `copy`, how many earlier
     segments have the same source indices; `noise`, times a fresh value, that of index `noise_at` for the first element.
     """
 
     start: int
     stop: int
-    what: Literal["old", "mean", "free", "value"]
+    what: Literal["old", "mean", "level", "free", "value"]
     source: int = 0
     scale: float = 1.0
     contrast: Contrast | None = None
+    weights: str | None = None
     value: float = 0.0
     gradient: float | None = None
     copy: int = 0
@@ -50,6 +52,7 @@ class Site:
     source: Tower | None  # the towers the parameter belongs to; None for parameters of the whole model
     target: Tower | None
     pre_gamma: str | None = None  # the scale of the norm before the first block, where the tower has one
+    scaled_by: str | None = None  # the source's multiplier of what this parameter writes, where it has one
     noise: float = 0.0  # how far copies of a unit are pushed apart, in units of a fresh value
 
     @property
@@ -106,6 +109,9 @@ def _piece(param: Param, source: str, source_shape: tuple[int, ...], meeting: tu
         if segment.what == "value":
             assert segment.contrast is None or len(meeting) == 1, param.name
             return Constant(segment.value, segment.contrast)
+        if segment.what == "level":
+            assert len(meeting) == 1, param.name
+            return Level(source, source_shape[0])
     free = [segment.scale for segment in meeting if segment.what == "free"]
     scale = 1.0
     if free:
@@ -120,7 +126,8 @@ def _piece(param: Param, source: str, source_shape: tuple[int, ...], meeting: tu
         slope = prod(segment.slope for segment in meeting)
         return Copy(source, start, scale, _noise(param, meeting), slope, any(segment.copy for segment in meeting))
     assert len(means) == 1, f"{param.name}: two averaged dimensions"
-    return Reduce(source, means[0], source_shape[means[0]], start, scale, meeting[means[0]].contrast)
+    mean = meeting[means[0]]
+    return Reduce(source, means[0], source_shape[means[0]], start, scale, mean.contrast, weights=mean.weights)
 
 
 def _noise(param: Param, meeting: tuple[Segment, ...]) -> Noise | None:

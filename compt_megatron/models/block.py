@@ -63,6 +63,23 @@ class RowLinear(RowParallelLinear):
         return super().forward(input_, *args, **kwargs)
 
 
+class ScaledRowLinear(RowLinear):
+    """RowLinear behind which a layer scale stands: gamma (W x + b), entry by entry (LayerScale, arXiv 2103.17239).
+
+    As a part of the linear it needs no module of its own between megatron-core's layers, and ZeRO-3 has gathered it
+    when it is used. It is whole on every tensor-parallel rank.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gamma = nn.Parameter(torch.empty(self.output_size, dtype=self.config.params_dtype))
+        self.gamma.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(input_, *args, **kwargs)
+        return output * self.gamma, None if bias is None else bias * self.gamma
+
+
 def transformer_config(tower: Tower, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
     """megatron-core's settings for `tower` in the current groups. `recompute`: keep only block inputs for backward."""
     recomputation: dict[str, Any] = {}
@@ -101,9 +118,13 @@ def _config(tower: Tower, dtype: torch.dtype, recomputation: dict[str, Any]) -> 
 
 
 def layer_spec(tower: Tower) -> ModuleSpec:
-    """The pre-norm layer x + attention(ln_1 x), x + mlp(ln_2 x). Files name its norms as Transformer Engine does."""
+    """The pre-norm layer x + attention(ln_1 x), x + mlp(ln_2 x), both scaled where the tower has a layer scale.
+
+    Files name its norms as Transformer Engine does.
+    """
     mask = AttnMaskType.causal if tower.causal else AttnMaskType.no_mask
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnLinear, core_attention=SdpaAttention, linear_proj=RowLinear)
+    last = ScaledRowLinear if tower.layer_scale else RowLinear  # of attention and of MLP
+    attention = SelfAttentionSubmodules(linear_qkv=ColumnLinear, core_attention=SdpaAttention, linear_proj=last)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -111,7 +132,7 @@ def layer_spec(tower: Tower) -> ModuleSpec:
             self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=LayerNorm,
-            mlp=_mlp_spec(),
+            mlp=_mlp_spec(last),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -121,8 +142,8 @@ def layer_spec(tower: Tower) -> ModuleSpec:
     )
 
 
-def _mlp_spec() -> Any:
-    submodules = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+def _mlp_spec(last: type[RowLinear]) -> Any:
+    submodules = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=last)
     if hasattr(MLP, "as_mlp_submodule"):  # megatron-core >= 0.18 takes a callable and warns about a ModuleSpec
         return partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(MLP, submodules=submodules)

@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log, sqrt
 from typing import Any
 
 from compt_megatron.errors import UserError
+from compt_megatron.spec import clip_fields
 from compt_megatron.spec.config_values import MOST, finite_number, positive_integer
 from compt_megatron.spec.table import TOKENIZER_FIELDS, Dim, Init, ModelSpec, Param, Tower, block_table
 
-# open_clip config fields that change nothing about the function we build; any other field must be one we read.
-_VISION_READ = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"} | {
-    "no_ln_pre",
-    "pool_type",
-    "final_ln_after_pool",
-    "norm_kwargs",
-}
-_TEXT_READ = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id"} | {
-    "final_ln_after_pool",
-    "no_causal_mask",
-    "norm_kwargs",
-    "pad_id",
-}
-_MODEL_READ = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
-_ONLY_DEFAULT: dict[str, tuple[Any, ...]] = {
-    "ls_init_value": (None,),
-    "patch_dropout": (0, 0.0),
-    "attentional_pool": (False,),
-    "pos_embed_type": ("learnable",),
-    "output_tokens": (False,),
-    "act_kwargs": (None,),
-    "block_type": (None, "default"),
-    "timm_model_name": (None,),
-    "hf_model_name": (None,),
-    "embed_cls": (False,),
-    "proj_bias": (False,),
-    "proj_type": ("linear",),
-    "qk_norm": (False,),
-    "scaled_cosine_attn": (False,),
-    "scale_heads": (False,),
-    "scale_attn_inner": (False,),
-    "scale_attn": (False,),
-    "scale_fc": (False,),
-    "custom_text": (False,),
-    "nonscalar_logit_scale": (False,),
-}
+_Row = tuple[str, tuple[Dim, ...], Init, int | None]  # see block_table
+# what writes the residual stream in a block with layer scale -> its multiplier
+_SCALED = {"attn.out_proj": "ls_1.gamma", "mlp.c_proj": "ls_2.gamma"}
 
 
 def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
     """Make the parameter table of an open_clip model config.
 
     `config` is open_clip's JSON: `embed_dim`, `vision_cfg` and, for a two-tower model, `text_cfg`; `name` is used in
-    messages. Without `text_cfg` the model is a plain ViT whose `embed_dim` is its number of classes.
+    messages. Without `text_cfg` the model is a plain ViT whose `embed_dim` is its number of classes. `custom_text` says
+    how files call the text tower's tensors (open_clip_names.py); here it has the same names either way.
 
-    Raises UserError for a missing or unsupported field, an image that the patch does not divide, or a width that the
-    heads do not divide.
+    Raises UserError for other towers than open_clip's own, a missing or unsupported field, an image that the patch does
+    not divide, or a width that the heads do not divide.
     """
     for field in ("embed_dim", "vision_cfg"):
         if field not in config:
@@ -62,19 +32,23 @@ def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
     for field in ("vision_cfg", "text_cfg"):
         if not isinstance(config.get(field, {}), dict) and (field, config[field]) != ("text_cfg", None):
             raise UserError(f"{name}: '{field}' must be a JSON object, not {config[field]!r}")
-    _check_fields(config, _MODEL_READ, name)
+    clip_fields.check_kind(config, name)
+    clip_fields.check_fields(config, clip_fields.MODEL, name)
+    if not isinstance(config.get("custom_text", False), bool):
+        raise UserError(f"{name}: 'custom_text' must be true or false, not {config['custom_text']!r}")
     joint = _integer(config, "embed_dim", name)
     activation = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
     towers, params = {}, {}
     towers["vision"] = vision = _vision_tower(config["vision_cfg"], activation, f"{name}: vision_cfg")
     patch = _square(config["vision_cfg"].get("patch_size", 16), f"{name}: vision_cfg.patch_size")
-    for param in _vision_params(vision, joint, patch):
+    for param in _vision_params(vision, joint, patch, _scale_init(config["vision_cfg"], f"{name}: vision_cfg")):
         params[param.name] = param
     if config.get("text_cfg") is None:
         return ModelSpec("vit", name, config, towers, params, joint, _identity(config))
     text_cfg = config["text_cfg"]
     towers["text"] = text = _text_tower(text_cfg, activation, f"{name}: text_cfg")
-    for param in _text_params(text, joint, _integer(text_cfg, "vocab_size", f"{name}: text_cfg", 49408)):
+    vocab = _integer(text_cfg, "vocab_size", f"{name}: text_cfg", 49408)
+    for param in _text_params(text, joint, vocab, _scale_init(text_cfg, f"{name}: text_cfg")):
         params[param.name] = param
     scale = finite_number(config.get("init_logit_scale") or log(1 / 0.07), f"{name}: 'init_logit_scale'")
     params["logit_scale"] = Param("logit_scale", (), "", "post", None, Init("constant", scale))
@@ -85,24 +59,12 @@ def clip_spec(config: dict[str, Any], name: str) -> ModelSpec:
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what only says how text becomes tokens."""
+    """The config without what only says how text becomes tokens, or how files call the text tower's tensors."""
+    config = {key: value for key, value in config.items() if key != "custom_text"}
     if not isinstance(config.get("text_cfg"), dict):
         return config
     text_cfg = {key: value for key, value in config["text_cfg"].items() if key not in TOKENIZER_FIELDS}
     return {**config, "text_cfg": text_cfg}
-
-
-def _check_fields(config: dict[str, Any], read: set[str], where: str) -> None:
-    for field, value in config.items():
-        if field in read or (field in _ONLY_DEFAULT and value in _ONLY_DEFAULT[field]):
-            continue
-        if field in _ONLY_DEFAULT:
-            raise UserError(
-                f"{where}: {field}={value!r} is not supported; remove it or use {_ONLY_DEFAULT[field][0]!r}"
-            )
-        if str(field).startswith(("timm_", "hf_", "attn_pooler_")):
-            continue  # settings of a feature that the model name fields above switch off
-        raise UserError(f"{where}: unknown or unsupported field '{field}'; see docs/models.md for those supported")
 
 
 def _integer(config: dict[str, Any], field: str, where: str, default: int | None = None) -> int:
@@ -132,8 +94,14 @@ def _norm_eps(config: dict[str, Any], where: str) -> float:
     return eps
 
 
+def _scale_init(cfg: dict[str, Any], where: str) -> Init | None:
+    """What the multipliers of a layer scale begin with; None without one."""
+    value = cfg.get("ls_init_value")
+    return None if value is None else Init("constant", finite_number(value, f"{where}: 'ls_init_value'"))
+
+
 def _vision_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
-    _check_fields(cfg, _VISION_READ, where)
+    clip_fields.check_fields(cfg, clip_fields.VISION, where)
     width = _integer(cfg, "width", where, 768)
     head_dim = _integer(cfg, "head_width", where, 64)
     if width % head_dim:
@@ -160,11 +128,12 @@ def _vision_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
         ln_pre=not cfg.get("no_ln_pre", False),
         norm_after_pool=bool(cfg.get("final_ln_after_pool", False)),
         block_prefix="visual.transformer.resblocks",
+        layer_scale=cfg.get("ls_init_value") is not None,
     )
 
 
 def _text_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
-    _check_fields(cfg, _TEXT_READ | set(TOKENIZER_FIELDS), where)
+    clip_fields.check_fields(cfg, clip_fields.TEXT, where)
     width = _integer(cfg, "width", where, 512)
     heads = _integer(cfg, "heads", where, 8)
     if width % heads:
@@ -187,12 +156,14 @@ def _text_tower(cfg: dict[str, Any], activation: Any, where: str) -> Tower:
         ln_pre=False,
         norm_after_pool=False,  # open_clip's CLIP always normalises the text tower's tokens before pooling
         block_prefix="transformer.resblocks",
+        layer_scale=cfg.get("ls_init_value") is not None,
     )
 
 
-def _block_params(tower: Tower) -> list[Param]:
+def _block_params(tower: Tower, scale_init: Init | None) -> list[Param]:
     """The transformer blocks. Distributions are open_clip's: torch's defaults in the vision tower (it defines no
-    own), width-scaled normals in the text tower."""
+    own), width-scaled normals in the text tower. With a layer scale, what a block adds to the residual stream is
+    gamma (W h + b), entry by entry."""
     width, mlp, heads = tower.width, tower.mlp, tower.heads * tower.head_dim
     normal = tower.name == "text"
     zero, one = Init("constant", 0.0), Init("constant", 1.0)
@@ -208,7 +179,11 @@ def _block_params(tower: Tower) -> list[Param]:
     heads_in, heads_out = Dim("heads", "write", heads), Dim("heads", "read", heads)
     mlp_in, mlp_out = Dim("mlp", "write", mlp), Dim("mlp", "read", mlp)
     scale, shift = Dim("embed", "norm_scale", width), Dim("embed", "norm_bias", width)
-    rows: list[tuple[str, tuple[Dim, ...], Init, int | None]] = [
+
+    def scaled(name: str) -> list[_Row]:
+        return [] if scale_init is None else [(name, (Dim("embed", "write_scale", width),), scale_init, None)]
+
+    rows: list[_Row] = [
         ("ln_1.weight", (scale,), one, None),
         ("ln_1.bias", (shift,), zero, None),
         ("attn.q_proj.weight", (heads_in, read), qkv, 0),
@@ -219,14 +194,26 @@ def _block_params(tower: Tower) -> list[Param]:
         ("attn.v_proj.bias", (heads_in,), zero, 0),
         ("attn.out_proj.weight", (write, heads_out), out, 1),
         ("attn.out_proj.bias", (write,), zero, None),
+        *scaled("ls_1.gamma"),
         ("ln_2.weight", (scale,), one, None),
         ("ln_2.bias", (shift,), zero, None),
         ("mlp.c_fc.weight", (mlp_in, read), fc, 0),
         ("mlp.c_fc.bias", (mlp_in,), Init("uniform", width**-0.5), 0),
         ("mlp.c_proj.weight", (write, mlp_out), proj, 1),
         ("mlp.c_proj.bias", (write,), Init("uniform", mlp**-0.5), None),
+        *scaled("ls_2.gamma"),
     ]
-    return block_table(tower, rows)
+    table = block_table(tower, rows)
+    return table if scale_init is None else [_with_scale(param) for param in table]
+
+
+def _with_scale(param: Param) -> Param:
+    """The parameter, and what multiplies its output before it is added to the residual stream."""
+    for name, gamma in _SCALED.items():
+        for leaf in ("weight", "bias"):
+            if param.name.endswith(f".{name}.{leaf}"):
+                return replace(param, scaled_by=param.name.replace(f"{name}.{leaf}", gamma))
+    return param
 
 
 def _norm(name: str, tower: Tower, stage: Any) -> list[Param]:
@@ -240,7 +227,7 @@ def _norm(name: str, tower: Tower, stage: Any) -> list[Param]:
     ]
 
 
-def _vision_params(tower: Tower, joint: int, patch: int) -> list[Param]:
+def _vision_params(tower: Tower, joint: int, patch: int, scale_init: Init | None) -> list[Param]:
     write = Dim("embed", "write", tower.width)
     scale = Init("normal", tower.width**-0.5)
     conv_dims = (write, Dim("channels", "free", 3), Dim("patch", "free", patch), Dim("patch", "free", patch))
@@ -252,21 +239,21 @@ def _vision_params(tower: Tower, joint: int, patch: int) -> list[Param]:
         ),
         Param("visual.conv1.weight", conv_dims, "vision", "pre", None, conv),
         *(_norm("visual.ln_pre", tower, "pre") if tower.ln_pre else []),
-        *_block_params(tower),
+        *_block_params(tower, scale_init),
         *_norm("visual.ln_post", tower, "post"),
     ]
     dims = (Dim("embed", "read", tower.width), Dim("joint", "write", joint))
     return [*params, Param("visual.proj", dims, "vision", "post", None, scale)]
 
 
-def _text_params(tower: Tower, joint: int, vocab: int) -> list[Param]:
+def _text_params(tower: Tower, joint: int, vocab: int, scale_init: Init | None) -> list[Param]:
     write = Dim("embed", "write", tower.width)
     tokens, words = Dim("tokens", "free", tower.tokens), Dim("vocab", "free", vocab)
     dims = (Dim("embed", "read", tower.width), Dim("joint", "write", joint))
     return [
         Param("positional_embedding", (tokens, write), "text", "pre", None, Init("normal", 0.01)),
         Param("token_embedding.weight", (words, write), "text", "pre", None, Init("normal", 0.02), 0),
-        *_block_params(tower),
+        *_block_params(tower, scale_init),
         *_norm("ln_final", tower, "post"),
         Param("text_projection", dims, "text", "post", None, Init("normal", tower.width**-0.5)),
     ]

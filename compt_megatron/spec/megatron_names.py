@@ -58,7 +58,12 @@ _GATED_MLP: _Names = {
     **_linear({"gate": "mlp.gate_proj", "up": "mlp.up_proj"}, "mlp.linear_fc1"),
     **_linear({None: "mlp.down_proj"}, "mlp.linear_fc2"),
 }
-_CLIP: _Names = {**_block("attn", "out_proj", ("ln_1", "ln_2")), **_PLAIN_MLP}
+_CLIP: _Names = {
+    **_block("attn", "out_proj", ("ln_1", "ln_2")),
+    **_PLAIN_MLP,
+    "ls_1.gamma": (*("self_attention.linear_proj.gamma",) * 2, None),
+    "ls_2.gamma": (*("mlp.linear_fc2.gamma",) * 2, None),
+}
 _GPT2: _Names = {**_block("attn", "c_proj", ("ln_1", "ln_2")), **_PLAIN_MLP}
 _LLAMA: _Names = {
     **_block("self_attn", "o_proj", ("input_layernorm", "post_attention_layernorm")),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-Role = Literal["write", "read", "norm_scale", "norm_bias", "free"]
+Role = Literal["write", "read", "norm_scale", "norm_bias", "write_scale", "free"]
 Stage = Literal["pre", "layer", "post"]
 
 Part = Literal["q", "k", "v"]
@@ -33,7 +33,8 @@ class Dim:
     """One dimension of a parameter: its logical axis, what the parameter does with that axis, and its size.
 
     Roles: `write`, the parameter's output feeds the axis; `read`, it consumes the axis; `norm_scale` and `norm_bias`,
-    a normalisation over it; `free`, growth leaves it alone.
+    a normalisation over it; `write_scale`, it multiplies, entry by entry, what other parameters write (those that name
+    it as `scaled_by`); `free`, growth leaves it alone.
     """
 
     axis: str
@@ -61,6 +62,7 @@ class Param:
     init: Init
     tensor_dim: int | None = None  # the dimension that tensor parallelism splits
     part: Part | None = None  # of attention's input projection: the query, key or value of it
+    scaled_by: str | None = None  # the parameter of role `write_scale` that multiplies what this one writes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,6 +111,7 @@ class Tower:
     rope: Rope | None = None  # None: learned positions
     tied: bool = False  # the language-model head is the token embedding
     head_norm: bool = False  # queries and keys are normalised inside each head (Qwen3)
+    layer_scale: bool = False  # what a block adds to the residual stream is multiplied by a learned vector (LayerScale)
 
     @property
     def groups(self) -> int:

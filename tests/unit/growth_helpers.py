@@ -41,7 +41,8 @@ def open_clip_model(config: dict[str, Any]) -> torch.nn.Module:
 
     config = deepcopy(config)
     if "text_cfg" in config:
-        return open_clip.CLIP(**config).eval()
+        kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+        return kind(**config).eval()
     model = torch.nn.Module()
     model.visual = open_clip._build_vision_tower(
         config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
@@ -159,7 +160,7 @@ def features(model: torch.nn.Module, seed: int = 1, batch: int = 8) -> dict[str,
     images = torch.randn(batch, 3, size, size, generator=generator).to(dtype)
     with torch.no_grad():
         found = {"image": model.visual(images)}
-        if hasattr(model, "token_embedding"):
+        if hasattr(model, "encode_text"):
             words = torch.randint(1, model.vocab_size - 1, (batch, model.context_length), generator=generator)
             words[:, -2] = model.vocab_size - 1  # the end of the text
             found["text"] = model.encode_text(words)

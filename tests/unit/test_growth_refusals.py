@@ -34,6 +34,7 @@ def changed(**fields: Any) -> dict[str, Any]:
         (changed(vision__no_ln_pre=True), "norm before the first block"),
         (changed(vision__final_ln_after_pool=True), "place of the final norm"),
         (changed(text__no_causal_mask=True), "attention mask differs"),
+        (changed(text__ls_init_value=0.1), r"layer scale \(ls_init_value\) differs"),
         (changed(vision__width=32), "width would shrink from 48 to 32"),
         (changed(vision__layers=1), "number of layers would shrink from 2 to 1"),
         (changed(vision__head_width=96), "number of heads would shrink from 3 to 1"),

@@ -32,13 +32,15 @@ CASES = {
     "corner": {"operator": "corner", "depth": "stack"},
     "reference": {"operator": "reference"},
     "joint": {"operator": "exact", "allow_approximate": True},
+    "layer scale": {"operator": "exact"},
 }
 
 
 @cache
 def case(name: str) -> tuple[GrowthPlan, State]:
-    small = clip_config()
-    large = clip_config(96, 4, 64, 2, joint=40 if name == "joint" else 24)
+    scale = {"ls_init_value": 1e-4} if name == "layer scale" else {}
+    small = clip_config(**scale)
+    large = clip_config(96, 4, 64, 2, joint=40 if name == "joint" else 24, **scale)
     made = plan(make_spec(small), make_spec(large), seed=5, **CASES[name])
     return made, split_state(made.source, {key: value.detach() for key, value in perturbed(small).state_dict().items()})
 
@@ -75,7 +77,7 @@ def test_any_slice_has_the_bytes_of_the_whole(data: st.DataObject) -> None:
     assert torch.equal(found, whole(name, dtype)[tensor.name][region])
 
 
-@pytest.mark.parametrize("name", ["exact", "reference"])
+@pytest.mark.parametrize("name", ["exact", "reference", "layer scale"])
 def test_workers_and_slab_size_change_no_byte(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, tensors = case(name)
     expected = whole(name, torch.float32)

@@ -66,6 +66,11 @@ def test_text_variants(text: dict[str, Any]) -> None:
     assert_same_features(make_config({"norm_kwargs": {"eps": 1e-3}, "mlp_ratio": 2.0}, text))
 
 
+@pytest.mark.parametrize("custom", [False, True])
+def test_layer_scale_and_custom_text(custom: bool) -> None:
+    assert_same_features(make_config({"ls_init_value": 0.5}, {"ls_init_value": 0.1}, custom_text=custom))
+
+
 def test_texts_cut_behind_their_last_end_have_the_same_features() -> None:
     """A causal tower never looks behind the token that it pools, so padding may be cut off."""
     _, model, spec = pair(make_config({}, {}))
@@ -84,9 +89,10 @@ def loss_of(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("bias", [None, -3.0])
-def test_gradients(bias: float | None, recompute: bool) -> None:
+@pytest.mark.parametrize("scale", [{}, {"ls_init_value": 0.5}], ids=["plain", "layer_scale"])
+def test_gradients(bias: float | None, scale: dict[str, Any], recompute: bool) -> None:
     """In fp64 every gradient is open_clip's to 1e-9, under its canonical name: names, fusing and maths are right."""
-    config = make_config({"pool_type": "avg"}, {}, quick_gelu=True, init_logit_bias=bias)
+    config = make_config({"pool_type": "avg", **scale}, scale, quick_gelu=True, init_logit_bias=bias)
     reference, model, spec = pair(config, torch.float64, recompute=recompute)
     images, texts = probe(spec, batch=4)
     images = images.double()

@@ -19,6 +19,9 @@ class MeanPad:
 
     - writers (weights, biases, embeddings): old rows times c; new rows c times the mean of the old rows;
     - readers: old columns kept; new columns free, because the norm before them gives 0 there;
+    - writers behind a layer scale, gamma (W h + b): new rows c times the mean of gamma_i / g times row i, with g the
+      root mean square of gamma, and gamma' = [gamma, g, ..., g]. Their product is c times the mean of what is written,
+      and new rows move the stream as much as old ones do (if g is 0, the plain mean);
     - norms: gamma' = [gamma / c, 1], beta' = [beta, 0]; the norm before a tied head, which reads the grown embedding:
       [gamma / c², 1], [beta / c, 0].
 
@@ -47,7 +50,7 @@ class MeanPad:
             return leading(site, None)
         c = pad_scale(site, self.name, "layer")
         before_norm = site.pre_gamma is not None and site.param.stage == "pre"
-        mean = Segment(0, 0, "mean", scale=c)
+        mean = Segment(0, 0, "mean", scale=c, weights=site.scaled_by)
         contrast = self._contrast(site) if before_norm else None
         if before_norm and site.new - site.old < 2:
             raise UserError(
@@ -56,6 +59,8 @@ class MeanPad:
             )
         if site.role == "write":
             return leading(site, replace(mean, contrast=contrast), c)
+        if site.role == "write_scale":
+            return leading(site, Segment(0, 0, "level"))
         if site.role == "norm_scale":
             if before_norm:
                 return leading(site, Segment(0, 0, "value", value=1.0, contrast=contrast))

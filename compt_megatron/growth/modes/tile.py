@@ -11,7 +11,8 @@ from compt_megatron.growth.segments import Segment, Site
 
 
 class Tile:
-    """x' = [x; x; ...] (k copies, m = k n): writers repeat, readers repeat and divide by k, norms repeat.
+    """x' = [x; x; ...] (k copies, m = k n): writers (and their layer scale) repeat, readers repeat and divide by k,
+    norms repeat.
 
     - residual axis: the statistics of LayerNorm and RMSNorm do not change, so it is exact, `ln_pre` included; a tied
       head reads the repeated embedding, so the norm before it is divided by k instead;
