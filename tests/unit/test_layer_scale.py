@@ -164,6 +164,15 @@ def test_grown_moments_follow_the_gradient() -> None:
     assert target[f"{BLOCK}ls_2.gamma"].norm() > 0
 
 
+def test_masters_are_made_from_masters() -> None:
+    """Weights and masters differ by rounding; a master's new rows are weighted by the master of the multipliers."""
+    made = plan(make_spec(config()), make_spec(config(64, 3, 48, 2)), moments="grow")
+    tensors = split_state(made.source, trained(config()).state_dict())
+    found = states_carried_out(made, {"master": tensors})["master"]
+    wanted = carried_out(plan(made.source, made.target), tensors)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
 def test_models_with_and_without_it_are_not_connected() -> None:
     plain = clip_config(96, 3, 64, 3, no_ln_pre=True)
     with pytest.raises(UserError, match=r"vision tower: the layer scale \(ls_init_value\) differs, True in the source"):
