@@ -54,8 +54,7 @@ class DeepSpeedEngine:
         self.global_step = 0
         self._skipped_in_a_row = 0
         self._dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        recompute = settings.parallel.recompute == "full"
-        model = build_model(spec, dtype=self._dtype, device="cpu", recompute=recompute)
+        model = build_model(spec, dtype=self._dtype, device="cpu", recompute=settings.parallel.recompute)
         student = Student(model, projections.to(self._dtype) if projections is not None else None)
         student.to(runtime.device).train()
         self._canonical = {f"model.{name}": members for name, members in module_to_canonical(spec).items()}

@@ -33,6 +33,7 @@ class SdpaAttention(MegatronModule):
         assert config.context_parallel_size == 1, "context parallelism is not supported"
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale
+        self.tokens: int | None = None  # those behind them are padding, which no token sees
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
@@ -40,6 +41,8 @@ class SdpaAttention(MegatronModule):
         """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads * head_dim]."""
         assert attention_mask is None, "masks other than the causal one are not supported"
         s, b, heads, head_dim = query.shape
+        if not self.causal:
+            key, value = key[: self.tokens], value[: self.tokens]
         output = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

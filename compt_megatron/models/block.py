@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -20,7 +19,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from compt_megatron.models.attention import SdpaAttention
+from compt_megatron.models.part import ModelPart
 from compt_megatron.spec.table import Tower
+
+Recompute = Literal["none", "selective", "full"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -80,17 +82,29 @@ class ScaledRowLinear(RowLinear):
         return output * self.gamma, None if bias is None else bias * self.gamma
 
 
-def transformer_config(tower: Tower, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
-    """megatron-core's settings for `tower` in the current groups. `recompute`: keep only block inputs for backward."""
-    recomputation: dict[str, Any] = {}
-    if recompute:
-        recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+def transformer_config(
+    tower: Tower, dtype: torch.dtype, recompute: Recompute, part: ModelPart, sequence: bool = False
+) -> TransformerConfig:
+    """megatron-core's settings for `tower`, split as `part` says.
+
+    `recompute`: what the backward pass computes again, core attention (`selective`) or whole blocks (`full`);
+    `sequence`: sequence parallelism.
+    """
+    options: dict[str, Any] = {"sequence_parallel": sequence}
+    if recompute == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif recompute == "selective":
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if part.virtual > 1:
+        # the default way of sending gives wrong gradients in an interleaved pipeline of two stages
+        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        options["virtual_pipeline_model_parallel_size"] = part.virtual
     with warnings.catch_warnings():  # its own default for CUDA graphs is announced as deprecated
         warnings.filterwarnings("ignore", message="full scope is deprecated")
-        return _config(tower, dtype, recomputation)
+        return _config(tower, dtype, part, options)
 
 
-def _config(tower: Tower, dtype: torch.dtype, recomputation: dict[str, Any]) -> TransformerConfig:
+def _config(tower: Tower, dtype: torch.dtype, part: ModelPart, options: dict[str, Any]) -> TransformerConfig:
     return TransformerConfig(
         num_layers=tower.layers,
         hidden_size=tower.width,
@@ -101,8 +115,8 @@ def _config(tower: Tower, dtype: torch.dtype, recomputation: dict[str, Any]) -> 
         layernorm_epsilon=tower.norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        tensor_model_parallel_size=part.tensor,
+        pipeline_model_parallel_size=part.pipeline,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -113,7 +127,7 @@ def _config(tower: Tower, dtype: torch.dtype, recomputation: dict[str, Any]) -> 
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        **recomputation,
+        **options,
     )
 
 

@@ -8,14 +8,16 @@ import os
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from compt_megatron.models.megatron_cpu import cuda_seeding_on_cpu
 
 _SEED = 1234  # no parameter and no dropout mask is ever drawn from it: weights come from files, dropout is 0
 
 
-def ensure_groups(tensor: int = 1, pipeline: int = 1) -> None:
-    """Initialise torch.distributed (if nobody did) and megatron's groups for `tensor` x `pipeline` ranks a model.
+def ensure_groups(tensor: int = 1, pipeline: int = 1, virtual: int = 1) -> None:
+    """Initialise torch.distributed (if nobody did) and megatron's groups for `tensor` x `pipeline` ranks a model, each
+    with `virtual` chunks of layers. Collective.
 
     Under a launcher (RANK and WORLD_SIZE set) the ranks meet by `env://`, otherwise this is one process; gloo without
     CUDA, nccl with it. Calling again with the same sizes does nothing; other sizes replace megatron's groups.
@@ -26,11 +28,16 @@ def ensure_groups(tensor: int = 1, pipeline: int = 1) -> None:
         sizes = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         )
-        if sizes == (tensor, pipeline):
+        if sizes == (tensor, pipeline, virtual):
             return
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+    )
     with cuda_seeding_on_cpu():
         tensor_parallel.model_parallel_cuda_manual_seed(_SEED, force_reset_rng=True)
 
@@ -38,6 +45,19 @@ def ensure_groups(tensor: int = 1, pipeline: int = 1) -> None:
 def have_groups() -> bool:
     """Whether megatron's groups exist, whoever made them."""
     return dist.is_initialized() and parallel_state.model_parallel_is_initialized()
+
+
+def model_groups(tensor: dist.ProcessGroup | None = None, lone: bool = False) -> ProcessGroupCollection:
+    """The groups that a model is built in: the current ones; with `lone` those of an unsplit model on this rank, or
+    of one that the ranks of `tensor` split."""
+    if not lone and tensor is None:
+        return ProcessGroupCollection.use_mpu_process_groups()
+    alone = parallel_state.get_context_parallel_group()  # context parallelism is never used: this rank by itself
+    names = ("tp", "pp", "cp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp", "hcp")
+    groups = ProcessGroupCollection(**dict.fromkeys(names, alone))
+    if tensor is not None:
+        groups.tp = tensor
+    return groups
 
 
 def _initialise_distributed() -> None:

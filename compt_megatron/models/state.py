@@ -1,73 +1,51 @@
-"""Between the table's names and the parameters of our modules, where q, k and v (gate and up) are one tensor.
+"""Between the table's names and the parameters of a whole model, where q, k and v (gate and up) are one tensor.
 
-The functions on single tensors serve weights, gradients and optimizer moments alike: they only move rows.
+`part.py` has the same for a rank's part of a model that is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from compt_megatron.spec.megatron_names import megatron_place
+from compt_megatron.models.part import ModelPart
 from compt_megatron.spec.table import ModelSpec
-
-_NAMES: dict[str, dict[str, list[str]]] = {}  # by the spec's digest: asked for once a tensor
 
 
 def module_to_canonical(spec: ModelSpec) -> dict[str, list[str]]:
     """Name of each parameter of the built model -> the canonical names it holds: one, or all parts that share it."""
-    digest = spec.digest
-    if digest not in _NAMES:
-        names: dict[str, list[str]] = {}
-        for name in spec.params:
-            names.setdefault(megatron_place(spec, name).module, []).append(name)
-        _NAMES[digest] = names
-    return _NAMES[digest]
+    return ModelPart(spec).names()
 
 
 def split_fused(spec: ModelSpec, module_name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Canonical name -> tensor, from a module parameter (or its gradient or moment). Unfused ones are not copied."""
-    names = module_to_canonical(spec)[module_name]
-    if len(names) == 1:
-        oriented = tensor.t() if megatron_place(spec, names[0]).transposed else tensor
-        return {names[0]: oriented.view(spec.params[names[0]].shape)}
-    parts = {}
-    for name in names:
-        parts[name] = tensor.new_empty(spec.params[name].shape)
-        for own, fused in _views(spec, {name: parts[name]}, tensor):
-            own.copy_(fused)
-    return parts
+    return ModelPart(spec).split(module_to_canonical(spec)[module_name], tensor)
 
 
 def fuse(spec: ModelSpec, module_name: str, tensors: dict[str, Tensor]) -> Tensor:
     """The inverse of `split_fused`: the module parameter that holds the canonical `tensors`."""
-    if len(tensors) == 1:
-        name, tensor = next(iter(tensors.items()))
-        if megatron_place(spec, name).transposed:
-            return tensor.t().contiguous()
-        return tensor.view(1) if tensor.dim() == 0 else tensor  # modules hold scalars as [1], see ClipModel
     assert sorted(tensors) == sorted(module_to_canonical(spec)[module_name]), (module_name, list(tensors))
-    name, first = next(iter(tensors.items()))
-    fused_tensor = first.new_empty(megatron_place(spec, name).shape)
-    for own, fused in _views(spec, tensors, fused_tensor):
-        fused.copy_(own)
-    return fused_tensor
+    return ModelPart(spec).fuse(tensors)
 
 
 @torch.no_grad()
-def load_canonical(model: nn.Module, spec: ModelSpec, get: Callable[[str], Tensor]) -> None:
+def load_canonical(model: nn.Module, spec: ModelSpec, get: Callable[[str], Tensor], part: ModelPart | None = None,
+                   chunk: int = 0) -> None:  # fmt: skip
     """Copy every parameter in from `get(canonical name)`, rounding to the model's dtype. Values may be on any device.
 
-    The model must be whole on this process (before ZeRO-3 partitions it).
+    `get` returns whole tensors; of a `part` of the model (a chunk of its layers) only its regions are kept. The model
+    must be there (before ZeRO-3 partitions it).
     """
+    part = part or ModelPart(spec)
     parameters = dict(model.named_parameters())
-    for module_name, names in module_to_canonical(spec).items():
+    for module_name, names in part.names(chunk).items():
         tensors = {name: get(name) for name in names}
         for name, tensor in tensors.items():
             assert tensor.shape == spec.params[name].shape, (name, tuple(tensor.shape), spec.params[name].shape)
-        parameters.pop(module_name).copy_(fuse(spec, module_name, tensors))
+        regions = {name: tensor[part.box(name)] if tensor.dim() else tensor for name, tensor in tensors.items()}
+        parameters.pop(module_name).copy_(part.fuse(regions))
     assert not parameters, f"parameters without a canonical name: {sorted(parameters)}"
 
 
@@ -79,12 +57,3 @@ def canonical_state(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
     for module_name, parameter in model.named_parameters():
         parts.update(split_fused(spec, module_name, parameter.detach()))
     return {name: parts[name] for name in spec.params}
-
-
-def _views(spec: ModelSpec, tensors: dict[str, Tensor], fused: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each run of rows that canonical `tensors` have in the `fused` one: a view of it in either."""
-    for name, tensor in tensors.items():
-        place = megatron_place(spec, name)
-        own = tensor.t() if place.transposed else tensor
-        for run in place.rows.runs(0, own.shape[0]):
-            yield own[run.start : run.stop], fused[run.at : run.at + run.stop - run.start]

@@ -87,10 +87,10 @@ def loss_of(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: 
     return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits))) + logits.sin().mean() + image.sum()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("bias", [None, -3.0])
 @pytest.mark.parametrize("scale", [{}, {"ls_init_value": 0.5}], ids=["plain", "layer_scale"])
-def test_gradients(bias: float | None, scale: dict[str, Any], recompute: bool) -> None:
+def test_gradients(bias: float | None, scale: dict[str, Any], recompute: str) -> None:
     """In fp64 every gradient is open_clip's to 1e-9, under its canonical name: names, fusing and maths are right."""
     config = make_config({"pool_type": "avg", **scale}, scale, quick_gelu=True, init_logit_bias=bias)
     reference, model, spec = pair(config, torch.float64, recompute=recompute)
@@ -117,7 +117,7 @@ def test_recompute_saves_activations_and_changes_no_gradient() -> None:
     config = make_config({"layers": 6}, {})
     images, texts = probe(spec_from_config(config, "test"), batch=2)
     gradients, kept = [], []
-    for recompute in (False, True):
+    for recompute in ("none", "full"):
         _, model, _ = pair(config, recompute=recompute)
         sizes: list[int] = []
 

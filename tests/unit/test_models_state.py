@@ -7,8 +7,10 @@ import torch
 
 from compt_megatron.models.block import transformer_config
 from compt_megatron.models.build import build_model
+from compt_megatron.models.groups import model_groups
+from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import canonical_state, fuse, load_canonical, module_to_canonical, split_fused
-from compt_megatron.models.towers import TextTower, VisionTower
+from compt_megatron.models.towers import TextTower, TowerPlace, VisionTower
 from compt_megatron.spec.families import load_spec, spec_from_config
 from compt_megatron.spec.table import ModelSpec
 
@@ -93,9 +95,11 @@ def test_stages_of_a_pipeline_make_the_whole_tower(spec: ModelSpec) -> None:
         ("text", TextTower, texts, {"vocab": 20, "eos": 2}),
     ):
         tower = replace(spec.towers[kind], layers=1)
-        config = transformer_config(tower, torch.float32, recompute=False)
-        first = cls(tower, config, joint=16, post_process=False, **options)
-        last = cls(tower, config, joint=16, pre_process=False, **options)
+        config = transformer_config(tower, torch.float32, "none", ModelPart(spec))
+        first, last = (
+            cls(tower, config, TowerPlace(pre, not pre, None, model_groups()), joint=16, **options)
+            for pre in (True, False)
+        )
         for stage, layer in ((first, 0), (last, 1)):
             renamed = {
                 name.removeprefix(f"{kind}.").replace(f"decoder.layers.{layer}.", "decoder.layers.0."): tensor
@@ -106,3 +110,26 @@ def test_stages_of_a_pipeline_make_the_whole_tower(spec: ModelSpec) -> None:
         with torch.no_grad():
             last.set_input_tensor(first(inputs))
             assert torch.equal(last(inputs), getattr(whole, kind)(inputs))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "virtual"), [(2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (4, 1, 2)])
+def test_the_parts_of_all_ranks_are_the_model(tensor: int, pipeline: int, virtual: int) -> None:
+    """Every element of every parameter lies on the ranks that should have it, and nowhere else."""
+    text = {"context_length": 6, "vocab_size": 20, "width": 32, "heads": 4, "layers": 4}
+    vision = {**CONFIG["vision_cfg"], "layers": 4}
+    spec = spec_from_config({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "whole")
+    values = random_values(spec)
+    seen = {name: torch.zeros(param.shape, dtype=torch.int) for name, param in spec.params.items()}
+    for stage in range(pipeline):
+        for rank in range(tensor):
+            part = ModelPart(spec, tensor, rank, pipeline, stage, virtual)
+            for chunk in range(virtual):
+                for names in part.names(chunk).values():
+                    regions = {name: values[name][part.box(name)] for name in names}
+                    fused = part.fuse(regions)
+                    for name, region in part.split(names, fused).items():
+                        assert torch.equal(region, regions[name])
+                        seen[name][part.box(name)] += 1
+    for name in spec.params:
+        alike = ModelPart(spec, tensor).is_split(name)
+        assert (seen[name] == (1 if alike else tensor)).all(), name
