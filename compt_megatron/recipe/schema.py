@@ -137,6 +137,26 @@ def _names_a_folder(name: str) -> bool:
     return plain and not name.startswith((".", "-")) and not name.endswith(".partial") and name not in _TAKEN
 
 
+def _check_optimizer(optimizer: Any, parallel: Any, place: tuple[str | int, ...]) -> None:
+    """Whether the optimizer can work on what this layout gives it. Raises Misfit."""
+    if optimizer.name == "lamb" and parallel.zero:
+        raise Misfit(
+            place,
+            f"optimizer.name 'lamb' needs the norms of whole parameters, which parallel.zero {parallel.zero} cuts; use "
+            "parallel.zero: 0, or optimizer.name: adamw",
+        )
+    if optimizer.implementation != "apex":
+        return
+    if optimizer.name == "lamb" and parallel.tensor > 1:
+        raise Misfit(
+            place,
+            f"optimizer.implementation 'apex' has no LAMB for parallel.tensor {parallel.tensor}: its norms are of one "
+            "rank's part; use torch",
+        )
+    if parallel.offload != "none":
+        raise Misfit(place, "optimizer.implementation 'apex' works on CUDA, parallel.offload on the CPU; use torch")
+
+
 class Settings(Section):
     """The sections that hold for one link or control: the recipe's, with its own fields over them."""
 
@@ -183,8 +203,8 @@ class Recipe(Section):
                     )
                 names.add(member.name)
                 own = [self.links[self.link_index(member.link)]] if isinstance(member, Control) else []
-                for section in SECTIONS:
-                    self._merged(section, [*own, member], (group, index))
+                merged = {section: self._merged(section, [*own, member], (group, index)) for section in SECTIONS}
+                _check_optimizer(merged["optimizer"], merged["parallel"], (group, index))
         return self
 
     def _check_links(self) -> None:

@@ -110,7 +110,15 @@ class DataSettings(Section):
 class OptimizerSettings(Section):
     """The optimizer and its learning-rate schedule. Weight decay applies to matrices only."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    name: Literal["adamw", "lamb"] = Field(
+        default="adamw",
+        description="The optimizer: AdamW, or LAMB for very large batches (with `parallel.zero: 0`).",
+    )
+    implementation: Literal["auto", "torch", "apex"] = Field(
+        default="auto",
+        description="Whose kernels: torch's, or NVIDIA apex's (CUDA only). `auto`: apex's for `lamb` where apex is "
+        "installed and does what is asked, otherwise torch's.",
+    )
     lr: PositiveNumber = Field(description="Peak learning rate.")
     weight_decay: Rate = Field(default=0.1, description="Decoupled weight decay, of matrices only.")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
@@ -123,6 +131,19 @@ class OptimizerSettings(Section):
     clip_grad: PositiveNumber | None = Field(
         default=None, description="Largest global gradient norm; null: not clipped."
     )
+    trust_clamp: PositiveNumber | None = Field(
+        default=None,
+        description="`lamb`: the largest trust ratio |weight| / |update| (10 is usual); null: not clamped, as in the "
+        "code of LAMB's authors.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSettings:
+        if self.trust_clamp is not None and self.name != "lamb":
+            raise ValueError(f"'trust_clamp' is not an option of optimizer {self.name!r}; remove it")
+        if self.trust_clamp is not None and self.implementation == "apex":
+            raise ValueError("'trust_clamp' is not an option of apex's LAMB; use implementation: torch or remove it")
+        return self
 
 
 def _recompute(value: Any) -> Any:

@@ -173,6 +173,28 @@ def test_a_recipe_does_not_change_after_loading() -> None:
         ({"links__0__model": "compt-ViT-X-16"}, "r: links.0.model: model config 'compt-ViT-X-16' not found"),
         ({"controls__0__link": "q"}, "r: controls.0.link: no link is called 'q'"),
         ({"controls__0__steps": 4, "controls__0__compute": 1e9}, "r: controls.0: give one of"),
+        ({"optimizer__trust_clamp": 10}, "r: optimizer: 'trust_clamp' is not an option of optimizer 'adamw'"),
+        (
+            {"optimizer": {"name": "lamb", "lr": 0.01, "trust_clamp": 10, "implementation": "apex"}},
+            "r: optimizer: 'trust_clamp' is not an option of apex's LAMB; use implementation: torch",
+        ),
+        (
+            {"links__1__optimizer": {"name": "lamb"}},
+            "r: links.1: optimizer.name 'lamb' needs the norms of whole parameters, which parallel.zero 1 cuts; use "
+            "parallel.zero: 0, or optimizer.name: adamw",
+        ),
+        (
+            {"optimizer__name": "lamb", "parallel": {"zero": 0}, "controls__0__parallel": {"zero": 3}},
+            "r: controls.0: optimizer.name 'lamb' needs the norms of whole parameters, which parallel.zero 3",
+        ),
+        (
+            {"optimizer__name": "lamb", "parallel": {"zero": 0}, "optimizer__implementation": "apex"},
+            "r: links.2: optimizer.implementation 'apex' has no LAMB for parallel.tensor 2",
+        ),
+        (
+            {"optimizer__implementation": "apex", "links__0__parallel": {"offload": "optimizer"}},
+            "r: links.0: optimizer.implementation 'apex' works on CUDA, parallel.offload on the CPU; use torch",
+        ),
         (
             {"objective": {"name": "classify", "same_caption": "shared"}},
             "r: objective: 'same_caption' is not an option",
@@ -196,3 +218,9 @@ def test_a_later_link_may_start_from_scratch_when_it_says_so() -> None:
 @pytest.mark.parametrize(("given", "meant"), [(True, "full"), (False, "none"), ("selective", "selective")])
 def test_recompute_may_be_said_with_true_and_false(given: bool | str, meant: str) -> None:
     assert recipe_from(changed(parallel={"recompute": given})).parallel.recompute == meant
+
+
+def test_lamb_is_for_layouts_that_keep_parameters_whole() -> None:
+    recipe = recipe_from(changed(optimizer__name="lamb", optimizer__trust_clamp=10, parallel={"zero": 0}))
+    assert [recipe.link_settings(link).optimizer.name for link in range(3)] == ["lamb"] * 3
+    assert recipe.link_settings(2).parallel.tensor == 2
