@@ -148,14 +148,12 @@ def inspect(args: Arguments) -> None:
 
 
 def verify(args: Arguments) -> None:
-    from compt_megatron.chain.verify import verify as verify_checkpoints
+    from compt_megatron.chain.verify import examine, require_sound
     from compt_megatron.chain.views import print_verification
 
-    _show(
-        args,
-        verify_checkpoints(args.checkpoint, args.against, _spec(args), trust_pickle=args.trust_pickle),
-        print_verification,
-    )
+    records = examine(args.checkpoint, args.against, _spec(args), trust_pickle=args.trust_pickle)
+    _show(args, records, print_verification)
+    require_sound(records)
 
 
 def evaluate(args: Arguments) -> None:

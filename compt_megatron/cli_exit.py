@@ -1,4 +1,5 @@
-"""How `compt` ends: exit status, one line for a user's mistake, `status.json` where a launcher hides the status."""
+"""How `compt` ends: exit status, one line for a user's mistake (`compt verify`: for each defect), `status.json` where a
+launcher hides the status."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from compt_megatron.errors import (
     EXIT_FAILED,
     EXIT_RESUMABLE,
     EXIT_USER_ERROR,
+    Defects,
     RunFolderTaken,
     StopRequested,
     Terminated,
@@ -52,6 +54,8 @@ def guarded(parse: Callable[[], argparse.Namespace]) -> int:
         said = isinstance(error, KeyboardInterrupt | WorkerLost)
         if (code == EXIT_FAILED and not said) or getattr(args, "debug", False):
             traceback.print_exception(error)
+        if isinstance(error, Defects) and getattr(args, "name", None) == "verify":
+            message = "\n".join(" ".join(line.split()) for line in error.lines)
         _tell(args, code, message, started, said=said, record=not isinstance(error, RunFolderTaken))
         return code
     _tell(args, EXIT_DONE, "", started)
@@ -80,7 +84,7 @@ def _judge(error: BaseException) -> tuple[int, str]:
 def _tell(
     args: argparse.Namespace, code: int, message: str, started: float, said: bool = False, record: bool = True
 ) -> None:
-    """The line on stderr, from rank 0 alone (another rank speaks if rank 0 does not end), and `status.json`."""
+    """What is said on stderr, from rank 0 alone (another rank speaks if rank 0 does not end), and `status.json`."""
     given = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     rank = int(given) if given.isdecimal() else 0
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
@@ -93,7 +97,8 @@ def _tell(
     elif rank:
         return
     if code in (EXIT_USER_ERROR, EXIT_RESUMABLE) or said:
-        print(message if message.startswith("compt") else f"compt: {message}", file=sys.stderr)
+        for line in message.splitlines():
+            print(line if line.startswith("compt") else f"compt: {line}", file=sys.stderr)
     if record and folder is not None and (launched or _is_run(folder)):
         from compt_megatron.chain.status import write_status
 

@@ -117,9 +117,10 @@ def _inline(value: Any) -> str:
 
 
 def print_verification(records: list[dict[str, Any]]) -> None:
-    """One line a checkpoint: what was proved."""
+    """One line a checkpoint: what was proved, or how much is wrong; what that is stands on stderr."""
     for record in records:
-        parts = ["files and tensors as recorded"]
+        wrong = record["defect_count"]
+        parts = [f"{wrong} defect{'s' * (wrong > 1)}" if wrong else "files and tensors as recorded"]
         if record["growth"]:
             parts.append(
                 f"{record['growth']['tensors']} tensors byte for byte as grown from {record['growth']['against']}"

@@ -13,8 +13,9 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
+from compt_megatron.checkpoint.changed_config import changed_config
 from compt_megatron.checkpoint.pace import Pace, Stopped
 from compt_megatron.checkpoint.sums import PIECE, piece_sums, pieces, split_sums, whole_hash
 from compt_megatron.errors import UserError
@@ -112,14 +113,21 @@ def _entered(checks: Checks) -> Iterator[None]:
 
 
 class Guard:
-    """The files of one checkpoint and their checksums from compt.json (None: a foreign checkpoint, unchecked)."""
+    """The files of one checkpoint and their checksums from compt.json (None: a foreign checkpoint, unchecked).
 
-    def __init__(self, folder: Path, manifest: dict[str, Any] | None) -> None:
+    `at_once`: whether what is cheap to check is checked now. Raises UserError for the first file that is not whole.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any] | None, at_once: bool = True) -> None:
         self.folder = folder
         self._sums: dict[str, str] | None = None if manifest is None else manifest["checksums"]
         self._sizes: dict[str, int] = {} if manifest is None else manifest["files"]
+        self._manifest = manifest or {}
         self._whole = manifest is not None and manifest["format_version"] == 1
         self._checked: set[str] = set()
+        self._refused: dict[str, str] = {}
+        if not at_once:
+            return
         self._check_cheaply()
         if (checks := _deferred.get()) is not None and self._sums is not None:
             self._defer(checks)
@@ -149,19 +157,27 @@ class Guard:
 
     def file(self, name: str) -> Path:
         """The path of a file, checked. Raises UserError if it is missing, truncated or changed."""
-        path = self.folder / name
-        if name in self._checked:
-            return path
-        self._existing(name)
-        if self._sums is not None:
-            if name not in self._sums:
-                raise UserError(
-                    f"{path}: is not among the files that compt.json lists; remove it or restore the checkpoint"
-                )
-            self._compare_size(path, name)
-            self._compare(name, 0, pieces(self._sizes[name]))
-        self._checked.add(name)
-        return path
+        if name in self._refused:
+            raise UserError(self._refused[name])
+        if name not in self._checked:
+            try:
+                self._check(name)
+            except UserError as error:  # whoever asks again need not wait until all of it is hashed again
+                self._refused[name] = str(error)
+                raise
+            self._checked.add(name)
+        return self.folder / name
+
+    def _check(self, name: str) -> None:
+        path = self._existing(name)
+        if self._sums is None:
+            return
+        if name not in self._sums:
+            raise UserError(
+                f"{path}: is not among the files that compt.json lists; remove it or restore the checkpoint"
+            )
+        self._compare_size(path, name)
+        self._compare(name, 0, pieces(self._sizes[name]))
 
     def _existing(self, name: str) -> Path:
         path = self.folder / name
@@ -172,10 +188,7 @@ class Guard:
     def _compare_size(self, path: Path, name: str) -> None:
         size = path.stat().st_size
         if size != self._sizes[name]:
-            raise UserError(
-                f"{path}: truncated or changed: {size} bytes where {self._sizes[name]} were written; "
-                "restore it or use another checkpoint"
-            )
+            self._refuse(path, f"truncated or changed: {size} bytes where {self._sizes[name]} were written")
 
     def _compare(self, name: str, first: int, last: int) -> None:
         """Compare pieces [first, last) of a file with their sums (in format version 1: all of it with its own)."""
@@ -186,9 +199,19 @@ class Guard:
         else:
             good = list(piece_sums(path, first, last)) == split_sums(self._sums[name])[first:last]
         if not good:
-            raise UserError(f"{path}: its bytes do not match their checksum; restore it or use another checkpoint")
+            self._refuse(path, "its bytes do not match their checksum")
 
-    def check_all(self) -> None:
-        """Check every file that compt.json lists."""
-        for name in sorted(self._sums or {}):
-            self.file(name)
+    def _refuse(self, path: Path, what: str) -> NoReturn:
+        what = changed_config(path, self._manifest) or what
+        raise UserError(f"{path}: {what}; restore it or use another checkpoint")
+
+
+def damaged_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """A line for each file that compt.json lists and that is missing, truncated or changed. All of them are read."""
+    guard, found = Guard(folder, manifest, at_once=False), []
+    for name in sorted(manifest["files"]):
+        try:
+            guard.file(name)
+        except UserError as error:
+            found.append(str(error))
+    return found

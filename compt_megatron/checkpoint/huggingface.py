@@ -25,7 +25,7 @@ from compt_megatron.checkpoint.huggingface_files import CONFIG, Shards, has_weig
 from compt_megatron.checkpoint.huggingface_writer import HuggingFaceWriter
 from compt_megatron.checkpoint.manifest import read_manifest, recorded_spec, under_name
 from compt_megatron.checkpoint.state_file import holds_language_model, is_state_file
-from compt_megatron.errors import UserError
+from compt_megatron.errors import Defects, UserError
 from compt_megatron.recipe.files import read_json
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.huggingface_names import (
@@ -48,8 +48,10 @@ ATTACHMENTS = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tekken.json",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 _COMPARED = 32 * 2**20  # bytes of a tied head and its embedding that are compared at a time
 
@@ -96,8 +98,7 @@ class HuggingFaceReader:
         """Key of transformers' model -> key in the files, all of them there in their shapes."""
         stored = self._state.tensors()
         keys, strangers = stored_keys(self._spec, stored)
-        if strangers:
-            self._refuse(f"also has '{strangers[0]}'", misfit_field(self._spec, strangers[0]))
+        wrong = [(f"also has '{key}'", misfit_field(self._spec, key)) for key in strangers]
         expected = hf_shapes(self._spec)
         embedding = embedding_key(self._spec)
         if self._spec.towers["text"].tied and HEAD in keys:
@@ -105,25 +106,31 @@ class HuggingFaceReader:
                 keys[embedding] = keys.pop(HEAD)
             else:
                 expected[HEAD] = expected[embedding]
+        fewer = self._has_fewer_layers(keys)
         for key, shape in expected.items():
             if key not in keys:
-                self._refuse(f"has no '{key}'", self._missing_field(key, keys))
-            if (found := stored[keys[key]].shape) != shape:
+                wrong.append((f"has no '{key}'", self._missing_field(key, fewer)))
+            elif (found := stored[keys[key]].shape) != shape:
                 field = misfit_field(self._spec, embedding if key == HEAD else key, found)
-                self._refuse(f"has '{key}' in shape {list(found)} where {list(shape)} is needed", field)
+                wrong.append((f"has '{key}' in shape {list(found)} where {list(shape)} is needed", field))
+        if wrong:
+            raise Defects([self._misfit(*each) for each in wrong])
         return keys
 
-    def _missing_field(self, key: str, keys: dict[str, str]) -> str:
-        """The number of layers if a whole layer is missing, else what the key itself says."""
+    def _has_fewer_layers(self, keys: dict[str, str]) -> bool:
         prefix, layers = self._spec.towers["text"].block_prefix, self._spec.towers["text"].layers
-        there = {index for index in range(layers) if any(found.startswith(f"{prefix}.{index}.") for found in keys)}
-        if key.startswith(f"{prefix}.") and len(there) < layers:
-            return misfit_field(self._spec, f"{prefix}.{layers}.")
-        return misfit_field(self._spec, key)
+        inside = (key.removeprefix(f"{prefix}.") for key in keys if key.startswith(f"{prefix}."))
+        return len({key.partition(".")[0] for key in inside}) < layers
 
-    def _refuse(self, what: str, field: str) -> None:
+    def _missing_field(self, key: str, fewer_layers: bool) -> str:
+        """The number of layers if a whole layer is missing, else what the key itself says."""
+        tower = self._spec.towers["text"]
+        of_a_block = key.startswith(f"{tower.block_prefix}.")
+        return misfit_field(self._spec, f"{tower.block_prefix}.{tower.layers}." if of_a_block and fewer_layers else key)
+
+    def _misfit(self, what: str, field: str) -> str:
         see = f" (see '{field}')" if field else ""
-        raise UserError(
+        return (
             f"{self.path}: checkpoint of another model than its config's{see}: it {what}; "
             "use the config that belongs to it, or restore the weights"
         )

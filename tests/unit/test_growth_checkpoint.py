@@ -19,7 +19,7 @@ from compt_megatron.errors import UserError
 from compt_megatron.growth import execute as execution
 from compt_megatron.growth.api import Certificate, GrowthPlan, grow, plan, verify, write_fresh
 from compt_megatron.growth.certificate import certify
-from compt_megatron.growth.verify import compare
+from compt_megatron.growth.verify import compare, shown_apart
 from compt_megatron.spec.random import initial
 from compt_megatron.spec.table import ModelSpec
 from tests.unit.growth_helpers import (
@@ -194,23 +194,46 @@ def test_formats_hold_the_same_bytes(base: Path, tmp_path: Path) -> None:
     assert fuse_state(target, first).keys() == open_clip_model(LARGE).state_dict().keys() - {"attn_mask"}
 
 
-@pytest.mark.parametrize(
-    ("entry", "value", "match"),
-    [
-        ("exact", False, "'exact' is not what growing it gives"),
-        ("tensors", {}, "'tensors' is not what growing it gives"),
-        ("operator", ["exact"], "'operator' is"),
-        ("source", {}, "does not say which models"),
-        ("noise", "much", "'noise' is"),
-    ],
-)
-def test_a_certificate_that_claims_something_else(tmp_path: Path, entry: str, value: object, match: str) -> None:
+def test_a_certificate_that_claims_something_else(tmp_path: Path) -> None:
     """What it says of the result is compared with what growing again gives; nonsense is one line."""
     grow(V1 / "small", tmp_path / "grown", to=_golden_target())
     grown, source = open_reader(tmp_path / "grown"), open_reader(V1 / "small")
-    content = {**grown.metadata()["certificate"], entry: value}
-    with pytest.raises(UserError, match=match):
-        compare(grown, source, Certificate.from_dict(content))
+    certificate = grown.metadata()["certificate"]
+    report = compare(grown, source, Certificate.from_dict({**certificate, "exact": False, "tensors": {}}))
+    assert (report.ok, report.claims, report.mismatches) == (False, ["exact", "tensors"], [])
+    assert [line.partition("; ")[0] for line in report.defects()] == [
+        f"{tmp_path / 'grown'}: its certificate's '{name}' is not what growing it gives" for name in report.claims
+    ]
+    for entry, value, match in (
+        ("operator", ["exact"], "'operator' is"),
+        ("source", {}, "does not say which models"),
+        ("noise", "much", "'noise' is"),
+    ):
+        with pytest.raises(UserError, match=match):
+            Certificate.from_dict({**certificate, entry: value})
+
+
+def test_bits_that_differ_in_equal_values_are_shown() -> None:
+    """-0.0 equals 0.0, and a NaN looks like any other."""
+    source, target = make_spec(SMALL, "small"), make_spec(LARGE, "large")
+    old = MemoryCheckpoint(source, {name: initial(param, 0) for name, param in source.params.items()})
+    made = plan(source, target)
+    grown = MemoryCheckpoint(target, carried_out(made, old.state()))
+    certificate = certify(made, weight_hash(old), "memory", None)
+    bias = next(value for value in grown.values.values() if value.dim() == 1 and not value.any())
+    bias[3] = -0.0
+    (found,) = compare(grown, old, certificate).mismatches
+    assert (found.elements, found.first, found.largest) == (1, (3,), 0)
+    assert str(found).endswith("1 element differs by up to 0, the first at [3]: -0.0 where growth makes 0.0")
+    bias[2:4] = 0.1
+    (found,) = compare(grown, old, certificate).mismatches
+    assert str(found).endswith("2 elements differ by up to 0.1, the first at [2]: 0.100000001 where growth makes 0.0")
+    quiet, other = (torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0] for bits in (0x7FC00000, -0x3FFFFF))
+    assert shown_apart(other, quiet) == ("nan (bits ffc00001)", "nan (bits 7fc00000)")
+    one = torch.tensor(1.0, dtype=torch.float64)
+    here, there = shown_apart(torch.nextafter(one, 2 * one), one)
+    assert (here, there) == ("1 (bits 3ff0000000000001)", "1 (bits 3ff0000000000000)")
+    assert shown_apart(-one.bfloat16(), one.bfloat16()) == ("-1", "1")
 
 
 def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
