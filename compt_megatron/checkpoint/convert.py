@@ -88,7 +88,7 @@ def _convert(
             assert reader.spec is not None
             kept, left_out = _what_fits(reader.tensors(), format)
             files = {**reader.metadata().get("attachments", {}), **{n: str(p) for n, p in attachments.items()}}
-            left_out += _files_left_out(files, dst, format)
+            left_out += files_left_out(files, dst, format)
             infos = {name: _as_dtype(name, info, dtype) for name, info in kept.items()}
             rounded = [f"weights cast to {dtype_name(dtype)}"] if dtype is not None and infos != kept else []
             known = reader.metadata()
@@ -122,8 +122,8 @@ def _convert(
     return left_out
 
 
-def _files_left_out(files: dict[str, str], dst: Path, format: str) -> list[str]:
-    """A line if the result has no place for the files that lie beside the source's weights."""
+def files_left_out(files: dict[str, str], dst: Path, format: str) -> list[str]:
+    """A line if the result has no place for the files that lie beside the source's weights, {name: path}."""
     if not files or (format in FORMATS and FORMATS[format].attachments and dst.suffix not in SINGLE_FILES):
         return []
     return [f"left out: {', '.join(sorted(files))}, the result has no place for them"]

@@ -13,6 +13,7 @@ import torch
 from compt_megatron.checkpoint.api import keep_apart
 from compt_megatron.checkpoint.commit import SINGLE_FILES
 from compt_megatron.checkpoint.contract import Exchange, Layout, Reader, dtype_name, dtype_of
+from compt_megatron.checkpoint.convert import files_left_out
 from compt_megatron.checkpoint.digest import hash_beside
 from compt_megatron.checkpoint.formats import FORMATS, detect, open_reader, open_writer, require_writable
 from compt_megatron.checkpoint.guard import Checks, already_checked, deferred
@@ -145,11 +146,13 @@ def _grow(
                 digest = source_hash()
                 check_unchanged()
                 certificate = certify(growth, digest, os.path.abspath(src), dtype_name(dtype) if dtype else None)
+                files = reader.metadata().get("attachments", {})
+                warnings = [f"warning: {line}" for line in growth.warnings()]
                 record = {
                     "certificate": certificate.to_dict(),
                     "lineage": lineage(reader, growth, digest),
-                    "notes": [f"warning: {line}" for line in growth.warnings()],
-                    "attachments": reader.metadata().get("attachments", {}),
+                    "notes": [*files_left_out(files, dst, form), *warnings],
+                    "attachments": files,
                 }
                 writer.commit(record)
             return certificate

@@ -19,7 +19,7 @@ from compt_megatron.checkpoint import huggingface_writer
 from compt_megatron.checkpoint.api import check, convert, inspect, weight_hash
 from compt_megatron.checkpoint.contract import Region, TensorInfo, flat_boxes
 from compt_megatron.checkpoint.formats import detect, open_reader, open_writer
-from compt_megatron.checkpoint.manifest import MANIFEST
+from compt_megatron.checkpoint.manifest import MANIFEST, read_manifest
 from compt_megatron.errors import UserError
 from compt_megatron.growth.api import grow, verify
 from compt_megatron.spec.families import spec_from_config
@@ -98,10 +98,31 @@ def test_a_copy_takes_the_tokenizer_along_and_says_what_it_cannot_take(tmp_path:
         assert "tokenizer.json" in record["checksums"]
     check(tmp_path / "grown")
     assert verify(tmp_path / "grown").ok
-    left_out = convert(tmp_path / "copy", tmp_path / "one.safetensors", "hf")
-    assert left_out == [
-        "left out: generation_config.json, tokenizer.json, tokenizer.model, the result has no place for them"
-    ]
+    left_out = "left out: generation_config.json, tokenizer.json, tokenizer.model, the result has no place for them"
+    assert convert(tmp_path / "copy", tmp_path / "one.safetensors", "hf") == [left_out]
+
+
+@pytest.mark.parametrize("place", ["megatron", "megatron-lm", "deepspeed", "one.safetensors"])
+def test_files_that_the_result_has_no_place_for_are_said(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Grown or converted: on the screen and in the notes."""
+    saved("llama", tmp_path / "hub")
+    (tmp_path / "hub" / "tekken.json").write_text("{}")
+    (tmp_path / "wider.json").write_text(json.dumps(_wider().config))
+    names = "generation_config.json, tekken.json, tokenizer.json, tokenizer.model"
+    line = f"left out: {names}, the result has no place for them"
+    form = "hf" if place.endswith(".safetensors") else place
+    for command, options in (("grow", ["--to", str(tmp_path / "wider.json")]), ("convert", [])):
+        target = tmp_path / command / place
+        assert cli.main([command, str(tmp_path / "hub"), str(target), "--format", form, *options]) == 0
+        assert line in capsys.readouterr().out.splitlines()
+        assert line in (read_manifest(target) or {})["notes"]
+    assert (
+        cli.main(["grow", str(tmp_path / "hub"), str(tmp_path / "folder"), "--to", str(tmp_path / "wider.json")]) == 0
+    )
+    assert "left out" not in capsys.readouterr().out
+    assert (tmp_path / "folder" / "tekken.json").read_text() == "{}"
 
 
 def _wider() -> Any:
