@@ -9,7 +9,7 @@ from compt_megatron.chain.member import Member
 from compt_megatron.checkpoint.api import convert
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.errors import UserError
-from compt_megatron.evaluate.parity import parity
+from compt_megatron.evaluate.parity import hindrance, parity, spec_of
 from compt_megatron.growth.api import grow
 from compt_megatron.growth.certificate import Certificate
 from compt_megatron.growth.fresh import write_fresh
@@ -45,16 +45,17 @@ def write_initial(member: Member, parent_checkpoint: Path | None, target: Path) 
         overwrite=True,
     )
     assert isinstance(certificate, Certificate), "a dry run makes no certificate"
-    if member.spec.numel <= _PARITY_LIMIT and "vision_cfg" in member.spec.config:  # what open_clip can run
+    if member.spec.numel <= _PARITY_LIMIT:
         certificate = certificate.with_parity(_measured(parent_checkpoint, target))
     return certificate.to_dict()
 
 
-def _measured(before: Path, after: Path) -> dict[str, float]:
-    """How far the grown model's features are from its predecessor's, through open_clip's own models."""
+def _measured(before: Path, after: Path) -> dict[str, float] | None:
+    """How far the grown model's outputs are from its predecessor's, through open_clip's or transformers' own models;
+    None where this machine cannot say."""
     old, new = open_reader(before), open_reader(after)
     try:
-        return parity(old, new)
+        return None if hindrance(spec_of(old), spec_of(new)) else parity(old, new)
     finally:
         old.close()
         new.close()

@@ -44,12 +44,8 @@ def measure(reader_a: Reader, reader_b: Reader, seed: int = 0) -> Parity:
     a, b = spec_of(reader_a), spec_of(reader_b)
     dtype = _coarser(reader_a, reader_b)
     family = _family(a)
-    if importlib.util.find_spec(family.LIBRARY) is None:
-        return Parity({}, {}, dtype_name(dtype), f"parity was not measured: {family.LIBRARY} is not installed")
-    needed, free = _WIDEST * max(a.numel, b.numel) + _MARGIN, available_memory()
-    if needed > free:
-        sizes = f"it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-        return Parity({}, {}, dtype_name(dtype), f"parity was not measured: {sizes}")
+    if obstacle := hindrance(a, b):
+        return Parity({}, {}, dtype_name(dtype), f"parity was not measured: {obstacle}")
     probe = family.probe(reader_a, reader_b, seed)
     model = family.build(reader_a)
     first = _run(family, model, probe, torch.float32)
@@ -58,6 +54,17 @@ def measure(reader_a: Reader, reader_b: Reader, seed: int = 0) -> Parity:
     del model
     second = _run(family, family.build(reader_b), probe, torch.float32)
     return Parity(_errors(first, second), _errors(exact, rounded), dtype_name(dtype))
+
+
+def hindrance(a: ModelSpec, b: ModelSpec) -> str:
+    """Why the outputs of two models cannot be compared on this machine, "" where they can."""
+    library = _family(a).LIBRARY
+    if importlib.util.find_spec(library) is None:
+        return f"{library} is not installed"
+    needed, free = _WIDEST * max(a.numel, b.numel) + _MARGIN, available_memory()
+    if needed > free:
+        return f"it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    return ""
 
 
 def parity(reader_a: Reader, reader_b: Reader, seed: int = 0) -> dict[str, float]:

@@ -88,8 +88,8 @@ class Certificate:
         """What the certificate says of the result that its plan says too."""
         return {name: getattr(self, name) for name in ("exact", "axes", "depth", "tensors", "rates")}
 
-    def with_parity(self, parity: dict[str, Any]) -> Certificate:
-        """The same certificate with a measurement."""
+    def with_parity(self, parity: dict[str, Any] | None) -> Certificate:
+        """The same certificate with a measurement, None where there is none."""
         return replace(self, parity=parity)
 
     def source_spec(self) -> ModelSpec:
