@@ -19,7 +19,7 @@ from compt_megatron.checkpoint.megatron_home import find_home
 from compt_megatron.checkpoint.megatron_keys import STATE, Found, MegatronKeys, read_place
 from compt_megatron.checkpoint.megatron_writer import BACKEND_FILE, MegatronWriter
 from compt_megatron.checkpoint.torch_dist import METADATA, TorchDistFolder
-from compt_megatron.errors import UserError
+from compt_megatron.errors import Defects, UserError
 from compt_megatron.spec.table import ModelSpec
 
 
@@ -82,10 +82,8 @@ class MegatronReader:
         missing = [name for name in spec.params if f"weight/{name}" not in self._tensors]
         # Ours may hold something else than weights; a foreign folder without any is one of another model.
         if missing and (len(missing) < len(spec.params) or self._foreign is not None):
-            raise UserError(
-                f"{self.path}: checkpoint of another model than '{spec.name}': it has no '{missing[0]}' "
-                f"({len(missing)} of {len(spec.params)} parameters missing); name the right model config"
-            )
+            another = f"{self.path}: checkpoint of another model than '{spec.name}'"
+            raise Defects([f"{another}: it has no '{name}'; name the right model config" for name in missing])
 
     def tensors(self) -> dict[str, TensorInfo]:
         return dict(self._tensors)

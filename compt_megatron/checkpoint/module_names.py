@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from compt_megatron.checkpoint.contract import Region, region_shape
-from compt_megatron.errors import UserError
+from compt_megatron.errors import Defects
 from compt_megatron.spec.huggingface_names import hf_place, hf_shapes
 from compt_megatron.spec.megatron_names import Rows, megatron_place
 from compt_megatron.spec.open_clip_names import open_clip_place, open_clip_shapes, with_custom_text
@@ -85,23 +85,20 @@ def find_names(
     """The names under which a checkpoint at `path` holds the parameters of `spec`, and notes on what else it holds.
 
     `stored`: the shape of everything in it by name (flattened ones are taken as well), or None where it need not be
-    checked. Raises UserError if it holds another model.
+    checked. Raises Defects if it holds another model.
     """
     names = _best(path, spec, stored)
-    for key, shape in names.shapes.items():
-        found = stored[names.stored(key)]
-        if found not in (None, shape, (prod(shape),)):
-            raise UserError(
-                f"{path}: checkpoint of another model than '{spec.name}': '{names.stored(key)}' has shape {found}, the "
-                f"model needs {shape}; name the right model config with --from"
-            )
+    wrong = [
+        f"'{names.stored(key)}' has shape {found}, the model needs {shape}"
+        for key, shape in names.shapes.items()
+        if (found := stored[names.stored(key)]) not in (None, shape, (prod(shape),))
+    ]
     known = {names.stored(key) for key in names.shapes}
     others = [name for name in stored if name not in known and projection(name) is None]
-    if stranger := next((name for name in others if name.startswith(names.prefix)), None):
-        raise UserError(
-            f"{path}: checkpoint of another model than '{spec.name}': it also has '{stranger}'; name the right model "
-            "config with --from"
-        )
+    wrong += [f"it also has '{name}'" for name in others if name.startswith(names.prefix)]
+    if wrong:
+        another = f"{path}: checkpoint of another model than '{spec.name}'"
+        raise Defects([f"{another}: {line}; name the right model config with --from" for line in wrong])
     beside = f"left out: {len(others)} parameters beside the model, such as '{others[0]}'" if others else ""
     return names, [beside] if beside else []
 
@@ -118,7 +115,7 @@ def projection_key(name: str) -> str:
 
 
 def _best(path: Path, spec: ModelSpec, stored: Collection[str]) -> ModuleNames:
-    best = (-1, "")
+    nearest = (-1, [""])  # how many keys are there, which ones are not
     custom = bool(spec.config.get("custom_text"))
     others = [_open_clip(with_custom_text(spec, not custom))] if spec.family == "clip" else []
     for names in (trainer_names(spec), *others, _megatron(spec)):
@@ -126,11 +123,9 @@ def _best(path: Path, spec: ModelSpec, stored: Collection[str]) -> ModuleNames:
             missing = [key for key in names.shapes if prefix + key not in stored]
             if not missing:
                 return replace(names, prefix=prefix)
-            best = max(best, (len(names.shapes) - len(missing), prefix + missing[0]))
-    raise UserError(
-        f"{path}: checkpoint of another model than '{spec.name}', or of a module with other names: it has no "
-        f"'{best[1]}'; name the right model config with --from"
-    )
+            nearest = max(nearest, (len(names.shapes) - len(missing), [prefix + key for key in missing]))
+    another = f"{path}: checkpoint of another model than '{spec.name}', or of a module with other names"
+    raise Defects([f"{another}: it has no '{key}'; name the right model config with --from" for key in nearest[1]])
 
 
 def _prefixes(names: ModuleNames, stored: Collection[str]) -> list[str]:

@@ -23,7 +23,7 @@ from compt_megatron.checkpoint.guard import Guard
 from compt_megatron.checkpoint.manifest import read_manifest, recorded_spec, under_name
 from compt_megatron.checkpoint.open_clip_writer import CONFIG, WEIGHTS, OpenClipWriter
 from compt_megatron.checkpoint.state_file import holds_language_model, is_state_file, open_state_file
-from compt_megatron.errors import UserError
+from compt_megatron.errors import Defects, UserError
 from compt_megatron.recipe.files import read_json
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.open_clip_names import named_as, open_clip_place, open_clip_shapes
@@ -71,24 +71,18 @@ class OpenClipReader:
         return found
 
     def _check_shapes(self, spec: ModelSpec) -> None:
-        expected = open_clip_shapes(spec)
+        expected, wrong = open_clip_shapes(spec), []
         for key, shape in expected.items():
             if key not in self._stored:
-                raise UserError(
-                    f"{self.path}: checkpoint of another model than '{spec.name}': it has no '{key}'; "
-                    f"name {_right_config(key, 'without')} with --from"
-                )
-            if (stored := self._stored[key].shape) != shape:
-                raise UserError(
-                    f"{self.path}: checkpoint of another model than '{spec.name}': '{key}' has shape {stored}, "
-                    f"the model needs {shape}; name the right model config with --from"
-                )
+                wrong.append(f"it has no '{key}'; name {_right_config(key, 'without')} with --from")
+            elif (stored := self._stored[key].shape) != shape:
+                misfit = f"'{key}' has shape {stored}, the model needs {shape}"
+                wrong.append(f"{misfit}; name the right model config with --from")
         for key in self._stored:
             if key not in expected and key not in _NO_PARAMETERS:
-                raise UserError(
-                    f"{self.path}: checkpoint of another model than '{spec.name}': it also has '{key}'; "
-                    f"name {_right_config(key, 'with')} with --from"
-                )
+                wrong.append(f"it also has '{key}'; name {_right_config(key, 'with')} with --from")
+        if wrong:
+            raise Defects([f"{self.path}: checkpoint of another model than '{spec.name}': {line}" for line in wrong])
 
     def tensors(self) -> dict[str, TensorInfo]:
         assert self.spec is not None

@@ -158,7 +158,7 @@ def test_many_defects_are_counted(tmp_path: Path, capsys: Capture) -> None:
     assert list(caught.value.lines) == lines
 
 
-def test_all_tensors_that_a_foreign_folder_lacks_are_named(tmp_path: Path, capsys: Capture) -> None:
+def test_all_tensors_that_a_foreign_checkpoint_lacks_are_named(tmp_path: Path, capsys: Capture) -> None:
     path = write(tmp_path / "hub", "hf", LLAMA, weights(LLAMA))
     (path / MANIFEST).unlink()
     state = load_file(path / "model.safetensors")
@@ -169,6 +169,18 @@ def test_all_tensors_that_a_foreign_folder_lacks_are_named(tmp_path: Path, capsy
         "also has 'score.weight'",
         "has no 'model.layers.1.mlp.up_proj.weight'",
         "has no 'model.norm.weight'",
+    ]
+    file = write(tmp_path / "clip.pt", "open_clip", CLIP, weights(CLIP))
+    Path(f"{file}.{MANIFEST}").unlink()
+    state = torch.load(file, weights_only=True)
+    del state["visual.proj"], state["logit_scale"]
+    torch.save(state | {"visual.extra": torch.zeros(1)}, file)
+    (tmp_path / "clip.json").write_text(json.dumps(CLIP.config))
+    lines, _ = verified(capsys, file, "--from", tmp_path / "clip.json")
+    assert sorted(line.split("it ")[1].split(";")[0] for line in lines) == [
+        "also has 'visual.extra'",
+        "has no 'logit_scale'",
+        "has no 'visual.proj'",
     ]
     refused(lambda: grow(path, tmp_path / "out", LLAMA), "also has 'score.weight'", "(and 2 more, see compt verify)")
 
