@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 BETAS, EPS, DECAY, RATE = (0.9, 0.98), 1e-6, 0.1, 0.02
-SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (8, 6), "b.weight": (4, 6), "a.bias": (8,), "scale": (1,)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "a.weight": (8, 6),
+    "b.weight": (4, 6),
+    "a.bias": (8,),
+    "scale": (1,),
+    "c.weight": (5, 3),
+}
 
 
 def decays(name: str) -> bool:
@@ -76,7 +82,7 @@ def references(params: dict[str, torch.nn.Parameter], **changed: Any) -> dict[st
 def take_step(optimizer: Any, params: dict[str, torch.nn.Parameter], step: int, rate: float = RATE) -> None:
     """One step on the gradients of `step`, the rate set as the engine sets it."""
     for name, param in params.items():
-        param.grad = gradient(name, step).to(param.dtype)
+        param.grad = gradient(name, step).to(param)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     optimizer.step()

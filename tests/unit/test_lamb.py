@@ -118,4 +118,4 @@ def test_parameters_without_gradient_wait() -> None:
     assert torch.equal(params["b.weight"], before)
     assert params["b.weight"] not in optimizer.state
     take_step(optimizer, params, 1, RATE)
-    assert [int(optimizer.state[param]["step"]) for param in params.values()] == [2, 1, 2, 2]
+    assert [int(optimizer.state[param]["step"]) for param in params.values()] == [2, 1, 2, 2, 2]
