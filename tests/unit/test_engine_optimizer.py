@@ -212,6 +212,7 @@ def test_apex_is_given_what_it_needs(name: str, decay: float) -> None:
         for key, reference in wanted.items():
             reference.step(gradient(key, step))
             assert error(params[key], reference.weight) < 1e-12, (step, key)
+            assert error(optimizer.state[params[key]]["exp_avg"], reference.first) < 1e-12, (step, key)
     assert {key: int(optimizer.state[param]["step"]) for key, param in params.items()} == {
         key: reference.count for key, reference in wanted.items()
     }
