@@ -176,6 +176,22 @@ def test_trainers_that_hold_either_are_told_apart(prefix: str) -> None:
     assert "text.ln_final.weight" in trainer_names(make_spec(CUSTOM)).shapes
 
 
+def test_a_deepspeed_folder_of_it_is_read_and_written(files: Path, tmp_path: Path) -> None:
+    state = torch.load(files / "custom.pt")
+    folder = tmp_path / "trained" / "global_step2"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").write_text("global_step2")
+    content = {"module": {f"module.{key}": value for key, value in state.items()}, "optimizer": None}
+    torch.save({**content, "param_shapes": None, "dp_world_size": 1}, folder / "mp_rank_00_model_states.pt")
+    convert(folder.parent, tmp_path / "folder", "open_clip", spec=make_spec(PLAIN))
+    back = load_file(tmp_path / "folder" / "open_clip_model.safetensors")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    convert(tmp_path / "folder", tmp_path / "universal", "deepspeed")
+    assert next((tmp_path / "universal").rglob("zero/text.ln_final.weight")).is_dir()
+    assert hash_of(tmp_path / "universal") == hash_of(tmp_path / "folder")
+
+
 def test_only_the_config_of_a_model_says_which_it_is() -> None:
     spec = make_spec(PLAIN)
     assert with_custom_text(spec, False) is spec
