@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.errors import UserError
 from compt_megatron.models.build import build_model
 from compt_megatron.models.clip import ClipModel
+from compt_megatron.models.groups import lone_groups
+from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import load_canonical
+from compt_megatron.share import ranks
 from compt_megatron.spec.table import ModelSpec
 
 
 class Teacher:
     """A frozen model in evaluation mode whose features carry no graph.
 
-    Each data-parallel rank holds a copy and runs it on its own rows, so no rank repeats another's work.
+    The ranks of `group`, one copy of the student, load the same rows: each runs the teacher on its part of them, and
+    all get all features. So no rank repeats another's work. Where one rank cannot hold the teacher, the ranks of
+    `tensor_group`, neighbours inside `group`, split it and work on the same part.
     """
 
-    def __init__(self, model: ClipModel, spec: ModelSpec) -> None:
+    def __init__(
+        self,
+        model: ClipModel,
+        spec: ModelSpec,
+        group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`group` None: this rank runs all of its rows."""
         self.model = model.eval().requires_grad_(False)
         self.spec = spec
+        self._group = group
+        self._sharers = 1 if tensor_group is None else dist.get_world_size(tensor_group)
 
     @classmethod
     def load(
@@ -33,6 +49,8 @@ class Teacher:
         *,
         spec: ModelSpec | None = None,
         trust_pickle: bool = False,
+        group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
     ) -> Teacher:
         """Read a checkpoint of any format; `dtype` fp32 or bf16, `spec` only for files that do not record their model.
 
@@ -43,11 +61,29 @@ class Teacher:
             known = reader.spec or spec
             if known is None:
                 raise UserError(f"{path}: the checkpoint does not record its model; name the teacher's model config")
-            model = build_model(known, dtype=dtype, device=device)
-            load_canonical(model, known, lambda name: reader.read(f"weight/{name}"))
+            return cls.build(
+                known, lambda name: reader.read(f"weight/{name}"), group, tensor_group, dtype=dtype, device=device
+            )
         finally:
             reader.close()
-        return cls(model, known)
+
+    @classmethod
+    def build(
+        cls,
+        spec: ModelSpec,
+        get: Callable[[str], torch.Tensor],
+        group: dist.ProcessGroup | None = None,
+        tensor_group: dist.ProcessGroup | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Teacher:
+        """A teacher whose whole weights `get(canonical name)` gives, however the student is split."""
+        split = (1, 0) if tensor_group is None else (dist.get_world_size(tensor_group), dist.get_rank(tensor_group))
+        part = ModelPart(spec, *split)
+        model = build_model(spec, dtype=dtype, device=device, part=part, groups=lone_groups(tensor_group))
+        load_canonical(model, spec, get, part)
+        return cls(model, spec, group, tensor_group)
 
     @torch.no_grad()
     def features(
@@ -56,12 +92,30 @@ class Teacher:
         """Un-normalised features in the teacher's dtype: image [b, joint], text [b * captions, joint] sample-major.
 
         images [b, 3, H, W] float; texts [b, captions, ctx] or [n, ctx] int64. A tower without input is left out, and
-        so is the text of a plain ViT.
+        so is the text of a plain ViT. Collective over `group`.
         """
         where = next(self.model.parameters())
         features = {}
         if images is not None:
-            features["image"] = self.model.encode_image(images.to(where.device, where.dtype))
+            features["image"] = self._shared(images, lambda rows: self.model.encode_image(rows.to(where)))
         if texts is not None and self.spec.family == "clip":
-            features["text"] = self.model.encode_text(texts.to(where.device).flatten(0, -2))
+            tokens = texts.flatten(0, -2)
+            features["text"] = self._shared(tokens, lambda rows: self.model.encode_text(rows.to(where.device)))
         return features
+
+    def _shared(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """encode(rows), each rank of the group doing its part of the rows."""
+        rank, world = (0, 1) if self._group is None else ranks(self._group)
+        if world == self._sharers:
+            return encode(rows)
+        parts = world // self._sharers
+        share = -(-len(rows) // parts)  # the last parts may be smaller, or empty: all have rows to do, some again
+        first = min(rank // self._sharers * share, len(rows) - share)
+        mine = encode(rows[first : first + share]).contiguous()
+        found = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(found, mine, group=self._group)
+        whole = mine.new_empty((len(rows), *mine.shape[1:]))
+        for other, values in enumerate(found):
+            start = min(other // self._sharers * share, len(rows) - share)
+            whole[start : start + share] = values
+        return whole

@@ -1,37 +1,84 @@
-"""Saving and loading a student with its optimizer state as the run checkpoint (docs/checkpoint.md), any ZeRO stage.
+"""Saving and loading a student with its optimizer state as the run checkpoint (docs/checkpoint.md), any layout.
 
-Parameters pass the boundary under canonical names, whole, one at a time; a rank never holds more than a few of them.
-What is on disk does not depend on the ranks or the ZeRO stage that wrote it.
+Parameters pass the boundary under canonical names, one at a time; a rank never holds more than a few of them. The
+data-parallel ranks of one part of the model share out its parameters; tensor-parallel ranks write their regions. What
+is on disk does not depend on the engine, the ranks or the ZeRO stage that wrote it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from compt_megatron.checkpoint.contract import Reader, TensorInfo
 from compt_megatron.checkpoint.formats import open_reader, open_writer
 from compt_megatron.engine.runtime import Runtime
-from compt_megatron.engine.student import Student
-from compt_megatron.engine.zero_state import MOMENTS, ZeroState
+from compt_megatron.engine.topology import Topology
 from compt_megatron.errors import UserError
-from compt_megatron.models.state import fuse, split_fused
-from compt_megatron.spec.table import ModelSpec
+from compt_megatron.models.part import ModelPart, Region
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _ONE_STEP = "step/optimizer"  # the one count that the first version saved
 
 
+class ParameterState(Protocol):
+    """What an engine's optimizer holds of a parameter, in the shape that the parameter has on this rank's model part.
+
+    Reading is collective over the data-parallel ranks (each gets all of it); writing is local (each passes all of it).
+    """
+
+    def master(self, param: torch.nn.Parameter) -> torch.Tensor:
+        """The fp32 weight."""
+        ...
+
+    def moment(self, param: torch.nn.Parameter, key: str) -> torch.Tensor:
+        """`exp_avg` or `exp_avg_sq`, fp32."""
+        ...
+
+    def set_weight(self, param: torch.nn.Parameter, weight: torch.Tensor, master: torch.Tensor) -> None:
+        """Set the model's weight (any dtype) and its fp32 master."""
+        ...
+
+    def set_moment(self, param: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
+        """Set `exp_avg` or `exp_avg_sq`."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken, as Adam's bias correction counts them (equal for all parameters)."""
+        ...
+
+    @step.setter
+    def step(self, value: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter of this rank and the tensors of the checkpoint that it holds: canonical ones, or a projection's."""
+
+    param: torch.nn.Parameter
+    names: list[str]
+    aligns: bool = False  # a projection
+
+    def boundary(self, prefix: str, name: str) -> str:
+        """The name of a tensor on the checkpoint boundary; projections have names of their own beside the model's."""
+        return name if prefix == "weight" and self.aligns else f"{prefix}/{name}"
+
+
 class RunCheckpoint:
-    """The checkpoint side of one engine. `canonical`: the student's parameter name -> the canonical names it holds."""
+    """The checkpoint side of one engine. `held`: the parameters of this rank, in the same order on all ranks that have
+    the same part of the model."""
 
     def __init__(
-        self, student: Student, spec: ModelSpec, canonical: dict[str, list[str]], state: ZeroState, dtype: torch.dtype,
-        runtime: Runtime,
+        self, held: list[Held], part: ModelPart, state: ParameterState, dtype: torch.dtype, runtime: Runtime,
+        topology: Topology,
     ) -> None:  # fmt: skip
-        self._student, self._spec, self._canonical = student, spec, canonical
-        self._state, self._dtype, self._runtime = state, dtype, runtime
+        self._held, self._part, self._spec, self._state, self._dtype = held, part, part.spec, state, dtype
+        self._runtime, self._topology = runtime, topology
 
     def save(self, path: Path, metadata: dict[str, Any]) -> Path:
         """Write weights, fp32 masters (only where weights are bf16), moments and the step. Collective."""
@@ -43,15 +90,16 @@ class RunCheckpoint:
         try:
             steps = {f"step/{name}": TensorInfo((), torch.float32) for name in self._spec.params}
             writer.declare({**self._declared(prefixes), **steps})
-            for index, (name, param) in enumerate(self._student.named_parameters()):
-                master = self._state.master(param)
+            for index, held in enumerate(self._held):
+                master = self._state.master(held.param)
                 tensors = {"weight": master.to(self._dtype), "master": master}
-                tensors |= {key: self._state.moment(param, key) for key in MOMENTS}
-                if index % self._runtime.world != self._runtime.rank:
+                tensors |= {key: self._state.moment(held.param, key) for key in MOMENTS}
+                if index % self._topology.data != self._topology.data_rank:
                     continue
                 for prefix in prefixes:
-                    for member, tensor in self._split(name, tensors[prefix]).items():
-                        writer.write(_boundary_name(prefix, member), (0,) * tensor.dim(), tensor.contiguous())
+                    for name, region, tensor in self._mine(held, tensors[prefix]):
+                        offsets = tuple(side.start for side in region)
+                        writer.write(held.boundary(prefix, name), offsets, tensor.contiguous())
             if self._runtime.is_main:
                 for name in steps:  # all parameters step together; other optimizers, and growth, count each
                     writer.write(name, (), torch.tensor(float(self._state.step)))
@@ -59,6 +107,17 @@ class RunCheckpoint:
         except BaseException:
             writer.abort()
             raise
+
+    def _mine(self, held: Held, tensor: torch.Tensor) -> Iterator[tuple[str, Region, torch.Tensor]]:
+        """What this rank writes of a parameter: of what all tensor-parallel ranks have alike, the first writes it."""
+        first = self._topology.tensor_rank == 0
+        if held.aligns:
+            if first:
+                yield held.names[0], tuple(slice(0, size) for size in tensor.shape), tensor
+            return
+        for name, region in self._part.split(held.names, tensor).items():
+            if first or self._part.is_split(name):
+                yield name, self._part.box(name), region
 
     def load(self, path: Path, optimizer: bool) -> tuple[dict[str, Any], bool]:
         """Read weights, and the optimizer state if it is there and wanted. Returns the metadata, and whether it was.
@@ -72,72 +131,51 @@ class RunCheckpoint:
                     f"{path}: a checkpoint of model {reader.spec.name!r}, whose config differs from "
                     f"{self._spec.name!r}; name a checkpoint of this link's model"
                 )
-            held = reader.tensors()
+            there = reader.tensors()
             count = next(
-                (name for name in (_ONE_STEP, *map("step/{}".format, self._spec.params)) if name in held), None
+                (name for name in (_ONE_STEP, *map("step/{}".format, self._spec.params)) if name in there), None
             )
             resumed = optimizer and count is not None
-            for name, param in self._student.named_parameters():
-                self._load_one(reader, held, path, name, param, resumed)
+            for held in self._held:
+                self._load_one(reader, there, path, held, resumed)
             self._state.step = int(reader.read(count)) if resumed and count is not None else 0
             return reader.metadata(), resumed
         finally:
             reader.close()
 
-    def _load_one(
-        self,
-        reader: Reader,
-        held: dict[str, TensorInfo],
-        path: Path,
-        name: str,
-        param: torch.nn.Parameter,
-        resumed: bool,
-    ) -> None:
-        first = self._members(name)[0]
-        if _boundary_name("weight", first) not in held:
-            if name in self._canonical:
-                raise UserError(f"{path}: holds no tensor weight/{first}; it is not a whole checkpoint of this model")
+    def _load_one(self, reader: Reader, there: dict[str, TensorInfo], path: Path, held: Held, resumed: bool) -> None:
+        first = held.boundary("weight", held.names[0])
+        if first not in there:
+            if not held.aligns:
+                raise UserError(f"{path}: holds no tensor {first}; it is not a whole checkpoint of this model")
             for key in MOMENTS:  # the projections of a link that starts keep the values they were made with
-                self._state.set_moment(param, key, torch.zeros(_full_shape(param)))
+                self._state.set_moment(held.param, key, torch.zeros(_shape(held.param)))
             return
-        weight = self._read(reader, name, "weight")
-        master = self._read(reader, name, "master") if _boundary_name("master", first) in held else weight
-        self._state.set_weight(param, weight, master)
+        weight = self._read(reader, held, "weight")
+        master = self._read(reader, held, "master") if held.boundary("master", held.names[0]) in there else weight
+        self._state.set_weight(held.param, weight, master)
         for key in MOMENTS:
-            value = self._read(reader, name, key) if resumed else torch.zeros(master.shape)
-            self._state.set_moment(param, key, value)
+            value = self._read(reader, held, key) if resumed else torch.zeros(master.shape)
+            self._state.set_moment(held.param, key, value)
 
-    def _members(self, name: str) -> list[str]:
-        """The canonical names that one parameter of the student holds."""
-        return self._canonical.get(name) or ["align/" + name.removeprefix("projections.layers.")]
+    def _read(self, reader: Reader, held: Held, prefix: str) -> torch.Tensor:
+        if held.aligns:
+            return reader.read(held.boundary(prefix, held.names[0]))
+        return self._part.fuse(
+            {name: reader.read(held.boundary(prefix, name), self._part.box(name)) for name in held.names}
+        )
 
     def _declared(self, prefixes: list[str]) -> dict[str, TensorInfo]:
         declared = {}
-        for name, param in self._student.named_parameters():
-            for member in self._members(name):
-                shape = self._spec.params[member].shape if name in self._canonical else _full_shape(param)
+        for held in self._held:
+            for name in held.names:
+                shape = _shape(held.param) if held.aligns else self._spec.params[name].shape
                 for prefix in prefixes:
                     dtype = self._dtype if prefix == "weight" else torch.float32
-                    declared[_boundary_name(prefix, member)] = TensorInfo(shape, dtype)
+                    declared[held.boundary(prefix, name)] = TensorInfo(shape, dtype)
         return declared
 
-    def _split(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        if name in self._canonical:
-            return split_fused(self._spec, name.removeprefix("model."), tensor)
-        return {self._members(name)[0]: tensor}
 
-    def _read(self, reader: Reader, name: str, prefix: str) -> torch.Tensor:
-        members = {member: reader.read(_boundary_name(prefix, member)) for member in self._members(name)}
-        if name in self._canonical:
-            return fuse(self._spec, name.removeprefix("model."), members)
-        return next(iter(members.values()))
-
-
-def _full_shape(param: torch.nn.Parameter) -> tuple[int, ...]:
+def _shape(param: torch.nn.Parameter) -> tuple[int, ...]:
     """A parameter's shape, also where ZeRO 3 has emptied it."""
     return tuple(getattr(param, "ds_shape", param.shape))
-
-
-def _boundary_name(prefix: str, member: str) -> str:
-    """The name of a tensor on the checkpoint boundary; projections have names of their own beside the model's."""
-    return member if prefix == "weight" and member.startswith("align/") else f"{prefix}/{member}"

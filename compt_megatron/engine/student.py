@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from compt_megatron.align.projection import Projections
+from compt_megatron.engine.run_checkpoint import Held
+from compt_megatron.engine.topology import Topology
 from compt_megatron.models.clip import ClipModel
+from compt_megatron.models.part import ModelPart
+from compt_megatron.spec.table import ModelSpec
 
 Outputs = dict[str, torch.Tensor]
+_PROJECTIONS = "projections.layers."
 
 
 class Student(nn.Module):
@@ -26,6 +32,41 @@ class Student(nn.Module):
         """images [b, 3, H, W], texts [n, context] -> un-normalised features, logit scale and aligned features."""
         outputs = self.model(images=images, texts=texts)
         return outputs if self.projections is None else self.projections(outputs)
+
+
+def held_by(student: Student, part: ModelPart, chunk: int = 0) -> dict[str, Held]:
+    """What each parameter of a student (one chunk of a part of the model) holds, in the module's order."""
+    names = part.names(chunk)
+    held = {}
+    for name, param in student.named_parameters():
+        if name.startswith(_PROJECTIONS):
+            held[name] = Held(param, [f"align/{name.removeprefix(_PROJECTIONS)}"], aligns=True)
+        else:
+            held[name] = Held(param, names[name.removeprefix("model.")])
+    return held
+
+
+def decays(held: Held, spec: ModelSpec) -> bool:
+    """Whether weight decay applies to a parameter: to matrices, never to biases or norms."""
+    return held.names[0].endswith("weight") if held.aligns else spec.params[held.names[0]].decays
+
+
+def sum_sequence_gradients(student: nn.Module, topology: Topology) -> None:
+    """Under sequence parallelism each rank's norms and biases see its own tokens only: sum their gradients.
+
+    Hooks on the parameters, so that it happens before any engine takes the gradients.
+    """
+    if topology.tensor == 1:
+        return
+
+    def over_ranks(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=topology.tensor_group)
+        return gradient
+
+    for param in student.parameters():
+        if getattr(param, "sequence_parallel", False):
+            param.register_hook(over_ranks)
 
 
 def is_per_row(value: torch.Tensor) -> bool:

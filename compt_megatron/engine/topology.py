@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,13 @@ class Topology:
         if self.data > 1 and shares is not None:
             dist.all_reduce(values, group=self.data_group)
         return self.from_last(values)
+
+    def told_by_last(self, value: Any) -> Any:
+        """The last stage's picklable `value` on every stage. Collective."""
+        values = [value]
+        if self.pipeline > 1:
+            dist.broadcast_object_list(values, self.last_rank, group=self.pipeline_group)
+        return values[0]
 
     def from_last(self, value: torch.Tensor) -> torch.Tensor:
         """The last stage's `value` on every stage; elsewhere `value` gives shape and dtype, and is overwritten."""

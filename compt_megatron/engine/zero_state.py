@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from compt_megatron.engine.run_checkpoint import MOMENTS
 
 
 class ZeroState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from compt_megatron.models.clip import ClipModel
 from compt_megatron.models.groups import ensure_groups, have_groups, model_groups
 from compt_megatron.models.part import ModelPart
 from compt_megatron.models.towers import TextTower, TowerPlace, VisionTower
+from compt_megatron.spec.megatron_names import megatron_place
 from compt_megatron.spec.table import ModelSpec
 
 if TYPE_CHECKING:
@@ -46,7 +47,19 @@ def build_model(
         for name in ("logit_scale", "logit_bias"):
             if name in spec.params and build.part.is_last(chunk):
                 setattr(model, name, nn.Parameter(torch.empty(1, dtype=dtype)))
+    _mark_split(model, build.part, chunk)
     return model
+
+
+def _mark_split(model: nn.Module, part: ModelPart, chunk: int) -> None:
+    """Say of every parameter whether tensor-parallel ranks have different parts of it, in megatron's words: gradient
+    norms count the others once. (megatron-core marks weights where it initialises them, which it does not do here.)"""
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for module_name, names in part.names(chunk).items():
+        split = part.is_split(names[0])
+        parameters[module_name].tensor_model_parallel = split
+        parameters[module_name].partition_dim = megatron_place(part.spec, names[0]).split if split else -1
+        parameters[module_name].partition_stride = 1
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,15 @@ def have_groups() -> bool:
     return dist.is_initialized() and parallel_state.model_parallel_is_initialized()
 
 
-def model_groups(tensor: dist.ProcessGroup | None = None, lone: bool = False) -> ProcessGroupCollection:
-    """The groups that a model is built in: the current ones; with `lone` those of an unsplit model on this rank, or
-    of one that the ranks of `tensor` split."""
-    if not lone and tensor is None:
-        return ProcessGroupCollection.use_mpu_process_groups()
+def model_groups() -> ProcessGroupCollection:
+    """The current groups, which a model is built in."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def lone_groups(tensor: dist.ProcessGroup | None = None) -> ProcessGroupCollection:
+    """The groups of a model that is not split (or that the ranks of `tensor` split) beside one that is."""
+    if not have_groups():
+        ensure_groups()
     alone = parallel_state.get_context_parallel_group()  # context parallelism is never used: this rank by itself
     names = ("tp", "pp", "cp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp", "hcp")
     groups = ProcessGroupCollection(**dict.fromkeys(names, alone))

@@ -6,6 +6,7 @@ are, so DeepSpeed and everything else in the process sees a plain CPU torch. Wit
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -55,6 +56,90 @@ def _skip_triton_import() -> None:
 
     module.__getattr__ = absent  # type: ignore[method-assign]
     sys.modules[name] = module
+
+
+# modules of megatron-core that ask torch for CUDA's current device, streams, or tensors on "cuda"
+_ASK_FOR_CUDA = (
+    "utils",
+    "distributed.distributed_data_parallel",
+    "distributed.param_and_grad_buffer",
+    "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
+    "optimizer.optimizer",
+    "pipeline_parallel.p2p_communication",
+    "pipeline_parallel.schedules",
+    "tensor_parallel.layers",
+    "tensor_parallel.mappings",
+)
+_FACTORIES = ("empty", "full", "ones", "tensor", "zeros")
+
+
+def use_cpu_in_training() -> None:
+    """Let the parts of megatron-core that train, exchange and step find the CPU where they name CUDA. Idempotent.
+
+    Each of those modules gets a `torch` of its own that answers differently to a few names; torch itself stays.
+    """
+    if torch.cuda.is_available():
+        return
+    for name in _ASK_FOR_CUDA:
+        module: Any = importlib.import_module(f"megatron.core.{name}")
+        if module.torch is torch:
+            module.torch = _TorchOnCpu()
+
+
+class _TorchOnCpu(types.ModuleType):
+    """torch, where "cuda" means the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaOnCpu()
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+class _CudaOnCpu(types.ModuleType):
+    """torch.cuda, whose device is the CPU and which has nothing to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+def _on_cpu(make: Any) -> Any:
+    @functools.wraps(make)
+    def made(*args: Any, **options: Any) -> Any:
+        if str(options.get("device", "")).startswith("cuda"):
+            options["device"] = "cpu"
+        return make(*args, **options)
+
+    return made
+
+
+@contextmanager
+def cuda_types_on_cpu() -> Iterator[None]:
+    """While open and without CUDA, `Tensor.type()` spells CPU types as CUDA's, which megatron's optimizers look for."""
+    if torch.cuda.is_available():
+        yield
+        return
+    original: Any = torch.Tensor.type
+
+    def spelled(self: torch.Tensor, *args: Any, **options: Any) -> Any:
+        found = original(self, *args, **options)
+        return found if args or options else found.replace("torch.", "torch.cuda.", 1)
+
+    with mock.patch.object(torch.Tensor, "type", spelled):
+        yield
 
 
 def _use_cpu_random_state() -> None:

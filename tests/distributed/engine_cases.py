@@ -38,44 +38,54 @@ def start_weights(spec: ModelSpec, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def make_engine(runtime: Any, case: Case, precision: str = "fp32", aligned: bool = False, **optimizer: Any) -> Any:
+    zero, micro_batches = case
+    return engine_of(runtime, {"zero": zero, "micro_batches": micro_batches}, precision, aligned, **optimizer)
+
+
+def engine_of(
+    runtime: Any,
+    parallel: dict[str, Any],
+    precision: str = "fp32",
+    aligned: bool = False,
+    config: dict[str, Any] = CONFIG,
+    **optimizer: Any,
+) -> Any:
+    """An engine in the layout `parallel`, a recipe's own section; it needs weights."""
     from compt_megatron.align.alignment import Alignment
     from compt_megatron.align.projection import Projections
     from compt_megatron.align.teacher import Teacher
-    from compt_megatron.engine.deepspeed import DeepSpeedEngine
-    from compt_megatron.models.build import build_model
-    from compt_megatron.models.state import load_canonical
+    from compt_megatron.engine.build import build_engine
+    from compt_megatron.engine.topology import Topology
     from compt_megatron.objectives.registry import build_objective
     from compt_megatron.recipe.load import recipe_from
 
-    zero, micro_batches = case
     values = {
         "name": "test",
         "precision": precision,
         "data": {"train": "emoji/train", "batch_size": ROWS, "captions": CAPTIONS},
         "optimizer": {"lr": LR, "weight_decay": DECAY, "betas": list(BETAS), "eps": EPS, **optimizer},
-        "parallel": {"zero": zero, "micro_batches": micro_batches},
+        "parallel": parallel,
         "links": [{"model": "ViT-B-32", "steps": 100}],
     }
     settings = recipe_from(values).link_settings(0)
-    spec = spec_from_config(CONFIG, "tiny")
+    spec = spec_from_config(config, "tiny")
     teacher = alignment = projections = None
     if aligned:
         teacher_spec = spec_from_config(TEACHER, "teacher")
-        model = build_model(teacher_spec)
         weights = start_weights(teacher_spec, 7)
-        load_canonical(model, teacher_spec, weights.__getitem__)
-        teacher, alignment = Teacher(model, teacher_spec), Alignment(weight=0.7)
+        teacher = Teacher.build(teacher_spec, weights.__getitem__, Topology.start(settings.parallel).model_group)
+        alignment = Alignment(weight=0.7)
         projections = Projections.between(spec, teacher_spec, seed=0)
-    return DeepSpeedEngine(
+    return build_engine(
         spec, settings, build_objective("clip"), runtime, total_steps=100,
         teacher=teacher, alignment=alignment, projections=projections,
     )  # fmt: skip
 
 
-def write_start(path: Path) -> Path:
+def write_start(path: Path, config: dict[str, Any] = CONFIG) -> Path:
     from compt_megatron.growth.fresh import write_fresh
 
-    return write_fresh(spec_from_config(CONFIG, "tiny"), path, seed=3)
+    return write_fresh(spec_from_config(config, "tiny"), path, seed=3)
 
 
 def state_of(engine: Any) -> dict[str, torch.Tensor]:
@@ -86,3 +96,32 @@ def state_of(engine: Any) -> dict[str, torch.Tensor]:
         state[f"exp_avg/{name}"] = engine._state.moment(param, "exp_avg").clone()
         state[f"exp_avg_sq/{name}"] = engine._state.moment(param, "exp_avg_sq").clone()
     return state
+
+
+Pieces = list[tuple[str, tuple[slice, ...], torch.Tensor]]
+
+
+def pieces_of(engine: Any) -> Pieces:
+    """What this rank has of weights (fp32 masters) and moments, by canonical names: name, region, values."""
+    checkpoint, found = engine._checkpoint, []
+    for held in checkpoint._held:
+        values = {"weight": engine._state.master(held.param)}
+        values |= {key: engine._state.moment(held.param, key) for key in ("exp_avg", "exp_avg_sq")}
+        for prefix, value in values.items():
+            found += [
+                (f"{prefix}/{name}", region, part.clone()) for name, region, part in checkpoint._mine(held, value)
+            ]
+    return found
+
+
+def joined(spec: ModelSpec, ranks: list[Pieces]) -> dict[str, torch.Tensor]:
+    """The whole tensors of all ranks' pieces. Pieces that several ranks have must be the same."""
+    whole: dict[str, torch.Tensor] = {}
+    for name, region, values in (piece for rank in ranks for piece in rank):
+        shape = values.shape if "/align/" in name else spec.params[name.partition("/")[2]].shape
+        target = whole.setdefault(name, torch.full(shape, torch.nan))
+        known = target[region][~target[region].isnan()]
+        assert known.numel() == 0 or torch.equal(target[region], values), name
+        target[region] = values
+    assert not any(value.isnan().any() for value in whole.values())
+    return whole

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -259,9 +258,14 @@ def test_the_package_offers_every_command_as_a_function() -> None:
         compt_megatron.grwo  # noqa: B018
 
 
-def test_python_m_gives_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["compt", "inspect", "nowhere"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("compt_megatron", run_name="__main__")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("compt: nowhere: does not exist")
+@pytest.mark.parametrize("command", ["inspect", "report"])  # one that ends at once, and one that does not
+def test_python_m_gives_the_exit_status(command: str, tmp_path: Path) -> None:
+    full = [sys.executable, "-m", "compt_megatron", command, str(tmp_path / "nowhere")]
+    done = subprocess.run(full, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("compt: ")
+    assert "nowhere" in done.stderr
+    full[3:] = ["inspect", "--json", str(write_fresh(load_spec("clip-emoji-s"), tmp_path / "s", 1))]
+    done = subprocess.run(full, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["format"] == "megatron"

@@ -1,0 +1,224 @@
+"""The megatron engine: tensor x pipeline x virtual pipeline x data parallelism on megatron-core's schedules, gradient
+buffers and optimizers.
+
+A model of two towers in a pipeline: each tower is an ordinary pipeline over all stages, one after the other. They meet
+only in the loss, on the last stage, by cached feature gradients: all micro-batches go forward without a graph, the loss
+of all features gives each feature's gradient, and the towers go forward and backward with that gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from compt_megatron.align.alignment import Alignment
+from compt_megatron.align.projection import Projections
+from compt_megatron.align.teacher import Teacher
+from compt_megatron.data.batch import Batch
+from compt_megatron.engine.cached_gradients import CachedGradients
+from compt_megatron.engine.megatron_optimizer import MegatronStep
+from compt_megatron.engine.megatron_state import MegatronState
+from compt_megatron.engine.run_checkpoint import Held, RunCheckpoint
+from compt_megatron.engine.runtime import Runtime
+from compt_megatron.engine.student import Outputs, Student, held_by, sum_sequence_gradients
+from compt_megatron.engine.training_step import TrainingEngine
+from compt_megatron.models.build import build_model
+from compt_megatron.models.clip import MAX_LOG_SCALE
+from compt_megatron.models.megatron_cpu import use_cpu_in_training
+from compt_megatron.models.part import ModelPart
+from compt_megatron.objectives.base import Objective
+from compt_megatron.recipe.schema import Settings
+from compt_megatron.spec.table import ModelSpec
+
+_TOWERS = {"image": "vision", "text": "text"}  # feature -> the tower it comes from
+
+
+class MegatronEngine(TrainingEngine):
+    """One link's student under megatron-core. See `engine.contract.Engine` for what the methods promise."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        settings: Settings,
+        objective: Objective,
+        runtime: Runtime,
+        *,
+        total_steps: int,
+        teacher: Teacher | None = None,
+        alignment: Alignment | None = None,
+        projections: Projections | None = None,
+    ) -> None:
+        super().__init__(
+            spec, settings, objective, runtime, total_steps=total_steps, teacher=teacher, alignment=alignment
+        )
+        use_cpu_in_training()
+        parallel, part = settings.parallel, ModelPart.current(spec)
+        self._chunks: list[Student] = []
+        held: dict[str, Held] = {}
+        for chunk in range(part.virtual):
+            model = build_model(
+                spec,
+                dtype=self._dtype,
+                recompute=parallel.recompute,
+                sequence=parallel.sequence,
+                part=part,
+                chunk=chunk,
+            )
+            own = projections.to(self._dtype) if projections is not None and part.is_last(chunk) else None
+            student = Student(model, own)
+            student.to(runtime.device).train()
+            sum_sequence_gradients(student, self.topology)
+            held |= {f"{chunk}.{name}": entry for name, entry in held_by(student, part, chunk).items()}
+            self._chunks.append(student)
+        self._optimizer = MegatronStep(self._chunks, held, spec, settings, self.topology)
+        self._state = MegatronState(self._optimizer.wrapped, self._optimizer.base, self.topology.data_group)
+        self._checkpoint = RunCheckpoint([*held.values()], part, self._state, self._dtype, runtime, self.topology)
+
+    @property
+    def _last(self) -> Student:
+        """The chunk that has the heads; only on the last stage."""
+        return self._chunks[-1]
+
+    # -- the model as one module -------------------------------------------------------------------------------------
+
+    def _forward(self, batch: Batch) -> Outputs:
+        texts = None if batch.texts is None else batch.texts.flatten(0, 1)
+        outputs: Outputs = self._last(images=batch.images.to(self._dtype), texts=texts)
+        return outputs
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # megatron averages gradients over the data-parallel ranks; ours are shares of one sum
+        (loss * self.topology.data).backward()
+
+    # -- the model as pipelines --------------------------------------------------------------------------------------
+
+    def _forward_without_graph(self, micro: list[Batch]) -> CachedGradients | None:
+        parts: list[Outputs] = [{} for _ in micro]
+        with torch.no_grad():
+            for feature in _features(micro[0]):
+                for outputs, value in zip(parts, self._pipeline(feature, micro), strict=self.topology.has_outputs):
+                    outputs[feature] = value
+        return CachedGradients(parts) if self.topology.has_outputs else None
+
+    def _outputs_of(self, cached: CachedGradients) -> Outputs:
+        """With what has no rows, and the projections: their gradients come with the loss's own backward."""
+        return self._finished(cached.outputs)
+
+    def _finished(self, features: Outputs) -> Outputs:
+        outputs: Outputs = {**features, **self._last.model()}
+        return outputs if self._last.projections is None else self._last.projections(outputs)
+
+    def _backward_outputs(self, loss: torch.Tensor) -> None:
+        self._backward(loss)
+
+    def _backward_cached(self, micro: list[Batch], cached: CachedGradients | None) -> None:
+        for feature in _features(micro[0]):
+            self._pipeline(feature, micro, cached, backward=True)
+
+    def _pipeline(
+        self, feature: str, micro: list[Batch], cached: CachedGradients | None = None, backward: bool = False
+    ) -> list[torch.Tensor]:
+        """Run one tower over all micro-batches: forward, or forward and backward with the cached gradients.
+
+        Returns the feature of each micro-batch where it comes out and there is no backward.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        towers = [getattr(chunk.model, _TOWERS[feature]) for chunk in self._chunks]
+        inputs = [_inputs(feature, batch, self._dtype) for batch in micro]
+
+        def forward(indices: Iterator[int], tower: Any) -> tuple[torch.Tensor, Any]:
+            index = next(indices)
+            self._seed(index)
+
+            def result(output: torch.Tensor, non_loss_data: bool = False) -> Any:
+                if non_loss_data:
+                    return output
+                assert cached is not None
+                # the schedule divides by the number of micro-batches, in place
+                return cached.surrogate(index, {feature: output}) * len(micro), {}
+
+            return tower(inputs[index]), result
+
+        found = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(range(len(micro))) for _ in towers],
+            model=towers,
+            num_microbatches=len(micro),
+            seq_length=towers[0].sequence_length,
+            micro_batch_size=len(inputs[0]),
+            forward_only=not backward,
+            collect_non_loss_data=not backward,
+        )
+        return [] if backward else list(found)
+
+    def _update(self, rate: float) -> tuple[float, bool]:
+        norm, refused = self._optimizer.step(rate)
+        scale = self._last.model.logit_scale
+        if scale is not None:
+            self._state.clamp(scale, 0.0, MAX_LOG_SCALE)
+        return norm, refused
+
+    # -- features ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def eval_features(
+        self, images: torch.Tensor | None = None, texts: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Un-normalised fp32 features of this rank's rows, on every rank. Collective where the model is split."""
+        for chunk in self._chunks:
+            chunk.eval()
+        if self.topology.pipeline == 1:
+            outputs: Outputs | None = self._last(
+                images=None if images is None else images.to(self.runtime.device, self._dtype),
+                texts=None if texts is None else texts.to(self.runtime.device),
+            )
+        else:
+            outputs = self._pipelined_features({"image": images, "text": texts})
+        for chunk in self._chunks:
+            chunk.train()
+        return {key: value.float() for key, value in self._from_last(outputs).items()}
+
+    def _pipelined_features(self, inputs: dict[str, torch.Tensor | None]) -> Outputs | None:
+        count = self.topology.pipeline if self.topology.virtual > 1 else 1  # what the interleaved schedule needs
+        features: Outputs = {}
+        for feature, rows in inputs.items():
+            if rows is None:
+                continue
+            wanted = len(rows)
+            rows = rows.to(self.runtime.device)
+            rows = torch.cat([rows, rows[:1].expand(-wanted % count, *rows.shape[1:])])
+            micro = [Batch(part, part.unsqueeze(1), None, [], 0) for part in rows.chunk(count)]
+            found = self._pipeline(feature, micro)
+            if found:
+                features[feature] = torch.cat(found)[:wanted]
+        return self._finished(features) if self.topology.has_outputs else None
+
+    def _from_last(self, outputs: Outputs | None) -> Outputs:
+        """The last stage's outputs on every stage. Collective."""
+        if self.topology.pipeline == 1:
+            assert outputs is not None
+            return outputs
+        shapes = None if outputs is None else {key: tuple(value.shape) for key, value in outputs.items()}
+        told: dict[str, tuple[int, ...]] = self.topology.told_by_last(shapes)
+        device = self.runtime.device
+        values = outputs or {key: torch.empty(shape, device=device) for key, shape in told.items()}
+        return {key: self.topology.from_last(value.float()) for key, value in values.items()}
+
+    def close(self) -> None:
+        """Let go of megatron's buffers, so that the next link starts with the memory free."""
+        self._chunks.clear()
+        self._optimizer.close()
+
+
+def _features(batch: Batch) -> list[str]:
+    return ["image", "text"] if batch.texts is not None else ["image"]
+
+
+def _inputs(feature: str, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    if feature == "image":
+        return batch.images.to(dtype)
+    assert batch.texts is not None
+    return batch.texts.flatten(0, 1)
