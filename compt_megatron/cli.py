@@ -62,11 +62,13 @@ def train(args: Arguments) -> None:
 
 
 def plan(args: Arguments) -> None:
+    from compt_megatron.chain.hardware import Hardware
+    from compt_megatron.chain.plan_view import print_plan
     from compt_megatron.chain.planner import make_plan
-    from compt_megatron.chain.views import print_plan
     from compt_megatron.recipe.load import load_recipe
 
-    made = make_plan(load_recipe(args.recipe, args.overrides), world=args.ranks)
+    hardware = Hardware(memory=args.memory * 1e9)
+    made = make_plan(load_recipe(args.recipe, args.overrides), args.ranks, hardware, scaling=args.scaling)
     _show(args, made.to_dict(), lambda _: print_plan(made))
 
 
@@ -267,7 +269,11 @@ def build_parser() -> Parser:
 
     command = commands.add("plan", plan, "cost, memory and layout of every link", "compt plan cc3m --ranks 8")
     command.recipe()
-    command.add_argument("--ranks", type=count, default=1, metavar="N", help="processes to plan for (default: 1)")
+    help_text = "processes to plan for (default: the fewest that the recipe's layouts allow)"
+    command.add_argument("--ranks", type=count, metavar="N", help=help_text)
+    help_text = "memory of a device, for the layouts that are proposed (default: 80)"
+    command.add_argument("--memory", type=count, default=80, metavar="GB", help=help_text)
+    command.add_argument("--scaling", action="store_true", help="propose layouts for 8 to 512 devices too")
     command.json()
 
     command = commands.add(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from compt_megatron.chain.layouts import nearest, obstacle
 from compt_megatron.chain.member import Member, control_members, link_members
+from compt_megatron.chain.workload import data_ranks
 from compt_megatron.data.source import built_in, is_built_in
 from compt_megatron.data.tar_reader import is_local
 from compt_megatron.errors import UserError
@@ -34,38 +36,33 @@ def check_recipe(recipe: Recipe, world: int = 1, *, data: bool = True) -> None:
 
 
 def check_layout(member: Member, world: int, where: str) -> None:
-    """Raise UserError if the member's layout does not fit its model, its batch or `world` ranks."""
+    """Raise UserError if the member's layout does not fit its model, its batch or `world` ranks; the message names the
+    nearest layout that does."""
     layout, batch = member.settings.parallel, member.settings.data.batch_size
-    for tower in member.spec.towers.values():
-        if tower.heads % layout.tensor:
-            raise UserError(
-                f"{where}: parallel.tensor is {layout.tensor}, which does not divide the {tower.heads} heads of the "
-                f"{tower.name} tower; choose a divisor"
-            )
-        if tower.layers % layout.pipeline:
-            raise UserError(
-                f"{where}: parallel.pipeline is {layout.pipeline}, which does not divide the {tower.layers} layers of "
-                f"the {tower.name} tower; choose a divisor"
-            )
-    for axis in ("tensor", "pipeline"):
-        if getattr(layout, axis) > 1:
-            raise UserError(
-                f"{where}: parallel.{axis} must be 1 with the deepspeed engine of this version; use zero: 3"
-            )
-    if layout.zero == 0 and layout.offload != "none":
-        raise UserError(f"{where}: parallel.offload needs a sharded optimizer; use zero: 1 or more")
-    ranks = world // (layout.tensor * layout.pipeline)
-    if batch % (ranks * layout.micro_batches):
-        raise UserError(
-            f"{where}: data.batch_size {batch} is not divisible by {ranks} ranks x {layout.micro_batches} "
-            "micro-batches (parallel.micro_batches); change one of them"
-        )
+    reason = obstacle(member.spec, layout, batch, world)
+    if reason is not None:
+        raise UserError(f"{where}: {reason}; {_advice(member, world)}")
+    ranks = data_ranks(layout, world)
     streams = member.settings.data.streams
     if streams is not None and (batch % streams or streams % ranks):
         raise UserError(
             f"{where}: data.streams is {streams}; it must divide data.batch_size {batch} and be a multiple of the "
-            f"{ranks} ranks"
+            f"{ranks} data-parallel ranks"
         )
+
+
+def _advice(member: Member, world: int) -> str:
+    """What to write instead of a layout that does not work."""
+    layout, batch = member.settings.parallel, member.settings.data.batch_size
+    near = nearest(member.spec, layout, batch, world)
+    ranks = f"{world} rank{'s' * (world > 1)}"
+    if near is None:
+        fitting = max(1, round(batch / world)) * world
+        return f"no layout works on {ranks}; use another number of ranks, or data.batch_size {fitting}"
+    names = ["tensor", "pipeline", "virtual", "micro_batches"]
+    shown = [name for name in names if name in names[:2] or getattr(near, name) != 1 or getattr(layout, name) != 1]
+    said = ", ".join(f"{name}: {getattr(near, name)}" for name in shown)
+    return f"the nearest layout that works on {ranks} is {said}"
 
 
 def _check_objective(member: Member, where: str) -> None:
@@ -102,6 +99,11 @@ def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
             raise UserError(f"{where}: cannot grow from {previous.name}: {error}") from error
     if member.align is None:
         return
+    if previous.numel > member.spec.numel:
+        raise UserError(
+            f"{where}: its teacher {previous.name} has {previous.numel:,} parameters, more than its own "
+            f"{member.spec.numel:,}; put the links in order of size, or remove 'align'"
+        )
     for tower in member.align.towers:
         name = "vision" if tower == "image" else "text"
         if name in member.spec.towers and name not in previous.towers:

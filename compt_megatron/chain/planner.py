@@ -8,16 +8,25 @@ recomputation) are reported apart.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import lcm
 from typing import Any
 
 from compt_megatron.chain.checks import check_recipe, check_sources
+from compt_megatron.chain.communication import Traffic, forwards, traffic
+from compt_megatron.chain.hardware import Hardware
+from compt_megatron.chain.layouts import Proposal, cheapest
 from compt_megatron.chain.member import Member, control_members, link_members
-from compt_megatron.chain.memory import Memory, memory_per_rank
+from compt_megatron.chain.memory import estimate
+from compt_megatron.chain.step_time import step_time
+from compt_megatron.chain.workload import Workload
 from compt_megatron.data.tar_reader import is_local
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.schema import Recipe
 
 __all__ = ["MemberPlan", "Plan", "check_recipe", "make_plan"]
+
+SCALES = (8, 16, 32, 64, 128, 256, 512)  # ranks for which layouts are proposed where scaling is asked for
+_MOST_RANKS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,10 @@ class MemberPlan:
     """One training of the plan. `macs` are multiply-accumulates of the whole training: `train`, `teacher`, their sum
     `total`, and `extra` for forwards that are done again to save memory (not in the total). Where the size of the data
     is unknown, `samples` and `macs` are those of an epoch of one sample, and `steps` is None.
+
+    `own` is the recipe's layout, with the memory and the time of a step on the ranks of the plan and what each rank
+    sends; `cheapest` the layout that `layouts.proposals` puts first for those ranks, None where none fits; `scaling`
+    the same for other numbers of ranks.
     """
 
     name: str
@@ -37,21 +50,41 @@ class MemberPlan:
     samples: float
     macs: dict[str, float]
     alone_macs: float | None  # the same model trained alone for as many samples as the base
-    memory: Memory
-    layout: dict[str, Any]
+    precision: str
+    own: Proposal
+    traffic: list[Traffic]
+    cheapest: Proposal | None
+    scaling: dict[int, Proposal | None]
 
     @property
     def share(self) -> float | None:
         """This training's compute as a share of training the model alone."""
         return self.macs["total"] / self.alone_macs if self.alone_macs else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `layout`, `memory` and `time` are those of the recipe's own layout."""
+        plain = ("name", "model", "kind", "parent", "parameters", "epochs", "steps", "samples", "macs", "alone_macs")
+        own = self.own.to_dict()
+        own["layout"] |= {"precision": self.precision, "batch_size": self.own.batch}
+        return {
+            **{name: getattr(self, name) for name in plain},
+            "share_of_alone": self.share,
+            **{name: own[name] for name in ("layout", "memory", "time", "samples_per_second")},
+            "traffic": [asdict(part) for part in self.traffic],
+            "cheapest": self.cheapest.to_dict() if self.cheapest else None,
+            "scaling": [
+                {"ranks": ranks, "cheapest": one.to_dict() if one else None} for ranks, one in self.scaling.items()
+            ],
+        }
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a recipe on `world` ranks. All costs are relative where `samples_per_epoch` is None."""
+    """The plan of a recipe on `world` ranks of `hardware`. All costs are relative where `samples_per_epoch` is None."""
 
     name: str
     world: int
+    hardware: Hardware
     samples_per_epoch: int | None
     links: list[MemberPlan]
     controls: list[MemberPlan]
@@ -81,23 +114,37 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`."""
-        values = asdict(self)
-        for member, plan in zip((*values["links"], *values["controls"]), (*self.links, *self.controls)):
-            member["share_of_alone"] = plan.share
-            member["memory"]["total"] = plan.memory.total
         totals = {"macs": self.total_macs, "alone_macs": self.alone_macs}
-        return values | {"total": totals | {"speed_up": self.speed_up, "share_of_last_alone": self.last_share}}
+        return {
+            "name": self.name,
+            "world": self.world,
+            "hardware": asdict(self.hardware),
+            "samples_per_epoch": self.samples_per_epoch,
+            "links": [link.to_dict() for link in self.links],
+            "controls": [control.to_dict() for control in self.controls],
+            "notes": self.notes,
+            "total": totals | {"speed_up": self.speed_up, "share_of_last_alone": self.last_share},
+        }
 
 
-def make_plan(recipe: Recipe, world: int = 1) -> Plan:
-    """The plan of `recipe` on `world` ranks. Raises UserError for whatever could not work (see `checks`).
+def make_plan(
+    recipe: Recipe, world: int | None = None, hardware: Hardware | None = None, *, scaling: bool = False
+) -> Plan:
+    """The plan of `recipe` on `world` ranks (None: the fewest that its layouts allow) of `hardware`.
 
+    `scaling`: propose layouts for 8 to 512 ranks too. Raises UserError for whatever could not work (see `checks`).
     The samples of an epoch are `data.samples`, else those of the local or built-in source; where neither is known,
     costs are relative: multiply them by the number of samples.
     """
-    check_recipe(recipe, world, data=False)
     members = link_members(recipe, None)
     controls = control_members(recipe, members)
+    if world is None:
+        layouts = [member.settings.parallel for member in (*members, *controls)]
+        world = lcm(*(layout.tensor * layout.pipeline for layout in layouts))
+    if world > _MOST_RANKS:
+        raise UserError(f"{recipe.name}: a plan is for at most {_MOST_RANKS:,} ranks, not {world:,}; give fewer")
+    check_recipe(recipe, world, data=False)
+    place = _Place(world, hardware or Hardware(), SCALES if scaling else ())
     notes: list[str] = []
     sizes = {member.name: samples_per_epoch(member, notes) for member in (*members, *controls)}
     relative = None in sizes.values()
@@ -110,7 +157,7 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
     for index, member in enumerate(members):
         teacher = members[index - 1] if member.align is not None and index else None
         samples = _samples(member, sizes[member.name] or 0, relative)
-        links.append(_plan(member, teacher, samples, base_samples, world, relative))
+        links.append(_plan(member, teacher, samples, base_samples, place, relative))
         _note_warmup(links[-1], member, notes)
     planned = []
     for control, member in zip(recipe.controls, controls):
@@ -122,10 +169,21 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
             batch = member.settings.data.batch_size
             samples = float(budget) / per_sample
             samples = samples if relative else max(1, int(samples // batch)) * batch
-        planned.append(_plan(member, None, samples, base_samples, world, relative))
+        planned.append(_plan(member, None, samples, base_samples, place, relative))
         _note_warmup(planned[-1], member, notes)
+    for plan in (*links, *planned):
+        _note_memory(plan, place, notes)
     size = None if relative else sizes[members[0].name]
-    return Plan(recipe.name, world, size, links, planned, notes)
+    return Plan(recipe.name, world, place.hardware, size, links, planned, notes)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the plan is for."""
+
+    world: int
+    hardware: Hardware
+    scales: tuple[int, ...]
 
 
 def samples_per_epoch(member: Member, notes: list[str]) -> int | None:
@@ -159,13 +217,14 @@ def _samples(member: Member, size: int, relative: bool) -> float:
 
 
 def _plan(
-    member: Member, teacher: Member | None, samples: float, base_samples: float, world: int, relative: bool
+    member: Member, teacher: Member | None, samples: float, base_samples: float, place: _Place, relative: bool
 ) -> MemberPlan:
     per_sample = member.macs_per_sample(teacher.spec if teacher else None)
-    aligned = samples * _aligned_share(member)
-    layout = member.settings.parallel
+    workload = Workload.of(member, teacher.spec if teacher else None)
+    aligned = samples * workload.teacher_share
+    layout, world, hardware = member.settings.parallel, place.world, place.hardware
     forward = per_sample["train"] / 3
-    extra = forward * ((layout.micro_batches > 1) + (layout.recompute == "full"))
+    extra = forward * (forwards(layout) - 1)
     macs = {
         "train": per_sample["train"] * samples,
         "teacher": per_sample["teacher"] * aligned,
@@ -184,16 +243,26 @@ def _plan(
         samples=samples,
         macs=macs,
         alone_macs=per_sample["train"] * base_samples or None,
-        memory=memory_per_rank(member, teacher.spec if teacher else None, world),
-        layout=layout.model_dump() | {"precision": member.settings.precision, "batch_size": batch},
+        precision=member.settings.precision,
+        own=Proposal(
+            world, layout, estimate(workload, layout, world), step_time(workload, layout, world, hardware), batch
+        ),
+        traffic=traffic(workload, layout, world),
+        cheapest=cheapest(workload, world, hardware),
+        scaling={ranks: cheapest(workload, ranks, hardware) for ranks in place.scales},
     )
 
 
-def _aligned_share(member: Member) -> float:
-    """The share of a link's steps in which the teacher runs: until the alignment's end, and not at weight 0."""
-    if member.align is None or member.align.weight == 0:
-        return 0.0
-    return member.align.end if member.align.end is not None else 1.0
+def _note_memory(plan: MemberPlan, place: _Place, notes: list[str]) -> None:
+    """Say what does not fit, and what would."""
+    need, room = plan.own.memory.total, place.hardware.memory * place.hardware.usable
+    if need <= room:
+        return
+    wants = f"{plan.name}: its layout needs {need / 1e9:.0f} GB a rank of the {room / 1e9:.0f} GB that are usable"
+    if plan.cheapest is None:
+        notes.append(f"{wants}, and no layout fits {place.world} ranks; use more, or offload")
+    else:
+        notes.append(f"{wants}; the cheapest that fits is {plan.cheapest.describe()}")
 
 
 def _note_warmup(plan: MemberPlan, member: Member, notes: list[str]) -> None:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from compt_megatron.chain.planner import MemberPlan, Plan
 from compt_megatron.observe.numbers import human, percent
 
 _PLAIN_WIDTH = 200  # off a terminal nobody's width is known: rows stay on one line
@@ -33,52 +32,6 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         print(f"{name:<{width}}  {value}")
-
-
-def print_plan(plan: Plan) -> None:
-    """The costs of a plan, its sums against training each member alone, and its notes."""
-    relative = plan.samples_per_epoch is None
-    unit = "MACs per sample" if relative else "MACs"
-    headings = ("Link", "Model", "Parameters", "Epochs", "Steps", f"{unit}, train", "teacher", "total", "of alone",
-                "Layout", "Memory a rank*")  # fmt: skip
-    print_table(f"{plan.name} on {plan.world} rank{'s' if plan.world > 1 else ''}", headings,
-                [_plan_row(member) for member in (*plan.links, *plan.controls)], text=(0, 1, 9))  # fmt: skip
-    print()
-    print_fields(_plan_sums(plan, unit))
-    print("* estimated: model states as ZeRO shards them, activations roughly, nothing for fragmentation")
-    for note in plan.notes:
-        print(f"note: {note}")
-
-
-def _plan_row(member: MemberPlan) -> tuple[str, ...]:
-    layout = member.layout
-    return (
-        f"{member.name} (control)" if member.kind == "control" else member.name,
-        member.model,
-        human(member.parameters),
-        "-" if member.epochs is None else f"{member.epochs:g}",
-        human(member.steps),
-        human(member.macs["train"]),
-        human(member.macs["teacher"]),
-        human(member.macs["total"]),
-        percent(member.share),
-        f"{layout['precision']} ZeRO-{layout['zero']} batch {layout['batch_size']}"
-        + (f"/{layout['micro_batches']}" if layout["micro_batches"] > 1 else ""),
-        f"{human(member.memory.total)}B",
-    )
-
-
-def _plan_sums(plan: Plan, unit: str) -> list[tuple[str, str]]:
-    extra = sum(link.macs["extra"] for link in plan.links)
-    fields = [("chain", f"{human(plan.total_macs)} {unit}")]
-    if plan.alone_macs is not None and plan.speed_up is not None:
-        fields.append(("each alone", f"{human(plan.alone_macs)} {unit}, all for the samples of the base"))
-        fields.append(("family", f"{plan.speed_up:.2f} times cheaper as a chain"))
-        last = f"{percent(plan.last_share)} of training {plan.links[-1].name} alone"
-        fields.append(("whole chain", last))
-    if extra:
-        fields.append(("done again", f"{human(extra)} {unit}, forwards that save memory, not counted above"))
-    return fields
 
 
 def print_inspection(found: dict[str, Any]) -> None:

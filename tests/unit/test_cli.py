@@ -44,7 +44,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["plan", "emoji", "--rank", "2"], "unknown option '--rank'; did you mean '--ranks'?"),
         (["plan", "emojy"], "compt: emojy: no such recipe file; did you mean 'emoji'?"),
         (["plan", "emoji", "links.2.epoch=4"], "links.2.epoch=4: unknown key; did you mean 'epochs'?"),
-        (["plan", "emoji", "--ranks", "3"], "is not divisible by 3 ranks"),
+        (["plan", "emoji", "--ranks", "3"], "is not divisible by 3 data-parallel ranks"),
         (["train", "emoji", "--resume"], "compt train: argument --resume: expected one argument"),
         (["inspect", "nowhere"], "compt: nowhere: does not exist"),
         (["grow", "a", "b"], "the following arguments are required: --to"),

@@ -77,14 +77,16 @@ def test_zero_stages_shard_the_model_states() -> None:
     memory = {}
     for zero in (0, 1, 2, 3):
         values = chain({"compt-ViT-S-16": 1}, parallel={"zero": zero})
-        memory[zero] = make_plan(recipe_from(values), world=4).links[0].memory
+        memory[zero] = make_plan(recipe_from(values), world=4).links[0].own.memory
     params = load_spec("compt-ViT-S-16").numel
     assert (memory[0].weights, memory[0].gradients, memory[0].optimizer) == (4 * params, 4 * params, 8 * params)
     assert (memory[1].gradients, memory[1].optimizer) == (4 * params, 2 * params)
     assert (memory[2].weights, memory[2].gradients) == (4 * params, params)
     assert memory[3].weights == params
-    recomputed = make_plan(recipe_from(chain({"compt-ViT-S-16": 1}, parallel={"recompute": True}))).links[0].memory
-    kept = make_plan(recipe_from(chain({"compt-ViT-S-16": 1}))).links[0].memory
+    recomputed = (
+        make_plan(recipe_from(chain({"compt-ViT-S-16": 1}, parallel={"recompute": "full"}))).links[0].own.memory
+    )
+    kept = make_plan(recipe_from(chain({"compt-ViT-S-16": 1}))).links[0].own.memory
     assert recomputed.activations < 0.5 * kept.activations
 
 
@@ -114,12 +116,39 @@ TWO = {"compt-ViT-T-16": 2, "compt-ViT-S-16": 1}
         (
             {"links.1.parallel": {"tensor": 4}},
             4,
-            "links.1 (compt-ViT-S-16): parallel.tensor is 4, which does not divide",
+            "links.1 (compt-ViT-S-16): parallel.tensor is 4, which does not fit: its vision tower has 6 heads, which "
+            "tensor does not divide; the nearest layout that works on 4 ranks is tensor: 2, pipeline: 1",
         ),
-        ({"parallel": {"engine": "megatron", "pipeline": 5}}, 5, "parallel.pipeline is 5, which does not divide"),
-        ({"parallel": {"tensor": 3}}, 3, "parallel.tensor must be 1 with the deepspeed engine"),
-        ({"parallel": {"micro_batches": 3}}, 1, "data.batch_size 1024 is not divisible by 1 ranks x 3 micro-batches"),
-        ({}, 3, "data.batch_size 1024 is not divisible by 3 ranks"),
+        (
+            {"parallel": {"engine": "megatron", "pipeline": 5}},
+            8,
+            "parallel.pipeline is 5, which does not fit: its vision tower has 12 layers, which pipeline does not "
+            "divide; the nearest layout that works on 8 ranks is tensor: 1, pipeline: 4",
+        ),
+        (
+            {"parallel": {"engine": "megatron", "pipeline": 4, "virtual": 2, "micro_batches": 4}},
+            4,
+            "parallel.virtual is 2, which does not divide the 3 layers that each of 4 stages has of the vision tower; "
+            "the nearest layout that works on 4 ranks is tensor: 1, pipeline: 4, virtual: 1, micro_batches: 4",
+        ),
+        (
+            {"parallel": {"engine": "megatron", "pipeline": 4}},
+            6,
+            "6 ranks cannot be shared out: parallel.tensor 1 x parallel.pipeline 4 needs a multiple of 4; the nearest "
+            "layout that works on 6 ranks is tensor: 1, pipeline: 3",
+        ),
+        (
+            {"parallel": {"micro_batches": 3}},
+            1,
+            "data.batch_size 1024 is not divisible by 1 data-parallel ranks x 3 micro-batches (parallel.micro_batches)"
+            "; the nearest layout that works on 1 rank is tensor: 1, pipeline: 1, micro_batches: 2",
+        ),
+        (
+            {},
+            3,
+            "data.batch_size 1024 is not divisible by 3 data-parallel ranks x 1 micro-batches (parallel.micro_batches)"
+            "; no layout works on 3 ranks; use another number of ranks, or data.batch_size 1023",
+        ),
         ({"data.streams": 6}, 2, "data.streams is 6; it must divide data.batch_size 1024"),
         ({"objective": {"name": "siglip"}}, 1, "objective 'siglip' needs \"init_logit_bias\""),
         ({"objective": {"name": "classify"}}, 1, "objective 'classify' needs a model without text_cfg"),

@@ -1,0 +1,151 @@
+"""Bytes that one rank sends in one training step, by formula.
+
+Collectives are counted as rings send them: of a tensor of V bytes over n ranks, an all-gather or a reduce-scatter
+sends (n - 1)/n V from every rank, an all-reduce twice that. A point-to-point transfer sends V. Counted for the rank
+that sends most: a middle stage of a pipeline, the first stage's parameters.
+
+Notation: t, p, v, d are the tensor, pipeline, virtual and data-parallel sizes, m the micro-batches, A the bytes of the
+residual stream of one micro-batch of one tower (tokens x rows x width x element), L the layers of the tower, P a rank's
+parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from compt_megatron.chain.memory import gradient_bytes
+from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
+from compt_megatron.recipe.sections import ParallelSettings
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank sends in a step for one purpose: `bytes`, in `calls` collectives or transfers, in a group of
+    `ranks` ranks that are `stride` apart (it says whether they share a node)."""
+
+    purpose: str
+    group: str  # tensor, pipeline, data or model (tensor x pipeline)
+    bytes: float
+    calls: float
+    ranks: int
+    stride: int
+
+
+def traffic(workload: Workload, layout: ParallelSettings, world: int) -> list[Traffic]:
+    """Everything that a rank sends in one step, without what it sends nothing of."""
+    parts = [
+        *_tensor(workload, layout, world),
+        *_pipeline(workload, layout, world),
+        *_parameters(workload, layout, world),
+        *_features(workload, layout, world),
+        *_teacher(workload, layout, world),
+    ]
+    return [part for part in parts if part.bytes > 0]
+
+
+def forwards(layout: ParallelSettings) -> int:
+    """Forward passes of a step: one, one more for cached feature gradients, one more for full recomputation."""
+    return 1 + is_cached(layout) + (layout.recompute == "full")
+
+
+def ring(ranks: int) -> float:
+    """Share of a tensor that an all-gather or a reduce-scatter sends from each rank."""
+    return (ranks - 1) / ranks
+
+
+def stream_bytes(workload: Workload, layout: ParallelSettings, world: int, tower: str) -> float:
+    """A: the residual stream of one micro-batch, padded to whole tokens a rank under sequence parallelism."""
+    shape = workload.spec.towers[tower]
+    tokens = -(-shape.tokens // layout.tensor) * layout.tensor if layout.sequence else shape.tokens
+    rows = workload.sequences(shape, micro_batch_rows(workload, layout, world))
+    return tokens * rows * shape.width * workload.element
+
+
+def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
+    """Tensor parallel (Shoeybi et al. 2019, arXiv 1909.08053): in each block attention and MLP all-reduce their output
+    in the forward pass and the gradient of their input in the backward pass: 2 A each, L/p blocks, m micro-batches.
+
+    Sequence parallel sends the same as all-gather + reduce-scatter, and gathers the inputs of both once more for the
+    gradient of the weights. The vocabulary-parallel embedding all-reduces its output in every forward pass, and norms
+    and the biases behind row-parallel products all-reduce their gradients once under sequence parallelism.
+    """
+    size, m = layout.tensor, layout.micro_batches
+    if size == 1:
+        return
+    for name, tower in workload.spec.towers.items():
+        blocks = tower.layers / layout.pipeline
+        whole = stream_bytes(workload, layout, world, name)
+        passes = forwards(layout) + 1
+        calls = 2 * blocks * m * passes
+        sent = calls * 2 * ring(size) * whole
+        if layout.sequence:
+            calls, again = 2 * calls, 2 * blocks * m
+            sent, calls = sent + again * ring(size) * whole, calls + again
+        yield Traffic(f"{name} blocks", "tensor", sent, calls, size, 1)
+        if name == "text":
+            embeddings = m * (1 + is_cached(layout))
+            sent = embeddings * ring(size) * whole * (1 if layout.sequence else 2)
+            yield Traffic("text embedding", "tensor", sent, embeddings, size, 1)
+    if layout.sequence:
+        sent = 2 * ring(size) * workload.counts.whole_on_rank(layout) * _FP32
+        yield Traffic("gradients of norms", "tensor", sent, 1, size, 1)
+
+
+def _pipeline(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
+    """Pipeline: each chunk of layers sends A onward in every forward pass and its gradient back: v m times each. Under
+    sequence parallelism a rank sends its tokens only, A/t."""
+    if layout.pipeline == 1:
+        return
+    for name in workload.spec.towers:
+        whole = stream_bytes(workload, layout, world, name) / (layout.tensor if layout.sequence else 1)
+        calls = layout.virtual * layout.micro_batches * (1 + is_cached(layout) + 1)
+        stride = layout.tensor * data_ranks(layout, world)  # pipeline stages are the outermost ranks
+        yield Traffic(f"{name} stages", "pipeline", calls * whole, calls, layout.pipeline, stride)
+
+
+def _parameters(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
+    """Data parallel (Rajbhandari et al. 2020, arXiv 1910.02054, section 7), g bytes a gradient, e a weight.
+
+    Stage 0: all-reduce of P g. Stages 1 and 2: reduce-scatter of P g, all-gather of P e; stage 2 reduces after every
+    micro-batch. Stage 3: weights are gathered for every forward pass of every micro-batch and for its backward pass
+    (full recomputation needs no gathering of its own), gradients are reduced after every micro-batch.
+    """
+    ranks, m = data_ranks(layout, world), layout.micro_batches
+    if ranks == 1:
+        return
+    own = workload.counts.on_rank(layout, 0)
+    gradients = own * gradient_bytes(workload, layout) * ring(ranks)
+    weights = own * workload.element * ring(ranks)
+    calls = sum(tower.layers for tower in workload.spec.towers.values()) / layout.pipeline
+    if layout.zero == 0:
+        yield Traffic("gradients", "data", 2 * gradients, calls, ranks, layout.tensor)
+        return
+    reductions = m if layout.zero >= 2 else 1
+    yield Traffic("gradients", "data", reductions * gradients, reductions * calls, ranks, layout.tensor)
+    gathers = m * (2 + is_cached(layout)) if layout.zero == 3 else 1
+    yield Traffic("weights", "data", gathers * weights, gathers * calls, ranks, layout.tensor)
+
+
+def _features(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
+    """The contrastive loss: all-gather of every row's features in fp32, reduce-scatter of their gradients."""
+    ranks = data_ranks(layout, world)
+    if ranks == 1 or "text" not in workload.spec.towers:
+        return
+    whole = workload.batch * (1 + workload.captions) * workload.spec.joint * _FP32
+    yield Traffic("features", "data", 2 * ring(ranks) * whole, 4, ranks, layout.tensor)
+
+
+def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
+    """The ranks of a model-parallel group run the teacher on their share of the rows and all-gather its features."""
+    ranks = layout.tensor * layout.pipeline
+    if workload.teacher is None or ranks == 1:
+        return
+    rows = workload.batch / data_ranks(layout, world)
+    towers = len(workload.teacher.towers.keys() & workload.spec.towers.keys())
+    features = 1 + workload.captions if towers == 2 else 1
+    sent = ring(ranks) * rows * features * workload.teacher.joint * workload.element * workload.teacher_share
+    stride = data_ranks(layout, world) if layout.pipeline > 1 else 1
+    yield Traffic("teacher's features", "model", sent, towers * layout.micro_batches, ranks, stride)

@@ -1,0 +1,122 @@
+"""What one training step is, in numbers: the sizes from which memory, communication and time are estimated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from compt_megatron.chain.member import Member
+from compt_megatron.recipe.sections import ParallelSettings, Precision
+from compt_megatron.spec.cost import forward_macs
+from compt_megatron.spec.table import ModelSpec, Param, Tower
+
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model by where they are: `layers` in the blocks, `first` before them, `last` behind them. Each is
+    (split over tensor-parallel ranks, whole on every one)."""
+
+    layers: tuple[int, int]
+    first: tuple[int, int]
+    last: tuple[int, int]
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> ParameterCounts:
+        found: Counter[tuple[str, bool]] = Counter()
+        for param in spec.params.values():
+            found[_stage(param), param.tensor_dim is not None] += param.numel
+
+        def pair(stage: str) -> tuple[int, int]:
+            return found[stage, True], found[stage, False]
+
+        return cls(pair("layer"), pair("pre"), pair("post"))
+
+    def on_rank(self, layout: ParallelSettings, stage: int) -> float:
+        """Parameters of a rank of pipeline stage `stage`: its blocks of every tower, and what the ends have."""
+        own = self.layers[0] / layout.tensor + self.layers[1]
+        own /= layout.pipeline
+        if stage == 0:
+            own += self.first[0] / layout.tensor + self.first[1]
+        if stage == layout.pipeline - 1:
+            own += self.last[0] / layout.tensor + self.last[1]
+        return own
+
+    def whole_on_rank(self, layout: ParallelSettings) -> float:
+        """Parameters in the blocks of a rank that every tensor-parallel rank has whole."""
+        return self.layers[1] / layout.pipeline
+
+
+def _stage(param: Param) -> str:
+    return param.stage if param.tower else "post"  # the logit scale meets the features, behind the towers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step of a model: `batch` samples over all ranks, each an image and `captions` texts.
+
+    `teacher` is the frozen predecessor (None: not aligned), which runs in a `teacher_share` of the steps.
+    """
+
+    spec: ModelSpec
+    teacher: ModelSpec | None
+    batch: int
+    captions: int
+    precision: Precision
+    teacher_share: float = 1.0
+
+    @classmethod
+    def of(cls, member: Member, teacher: ModelSpec | None) -> Workload:
+        """The step of a link or control that is aligned to `teacher`."""
+        settings, align = member.settings, member.align
+        share = 0.0 if align is None or align.weight == 0 else 1.0 if align.end is None else align.end
+        return cls(member.spec, teacher, settings.data.batch_size, settings.data.captions, settings.precision, share)
+
+    @property
+    def element(self) -> int:
+        """Bytes of one weight or activation."""
+        return BYTES[self.precision]
+
+    @cached_property
+    def counts(self) -> ParameterCounts:
+        return ParameterCounts.of(self.spec)
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """MACs of one sample's forward pass, by tower."""
+        return {
+            name: forward_macs(self.spec, name) * (self.captions if name == "text" else 1) for name in self.spec.towers
+        }
+
+    @cached_property
+    def teacher_macs(self) -> int:
+        """MACs of the teacher's forward pass of one sample, in a step in which it runs."""
+        if self.teacher is None:
+            return 0
+        towers = self.teacher.towers
+        return sum(
+            forward_macs(self.teacher, name) * (self.captions if name == "text" else 1)
+            for name in towers
+            if name in self.spec.towers
+        )
+
+    def sequences(self, tower: Tower, rows: float) -> float:
+        """Sequences that `rows` samples are to a tower."""
+        return rows * (self.captions if tower.name == "text" and self.spec.family == "clip" else 1)
+
+
+def data_ranks(layout: ParallelSettings, world: int) -> int:
+    """Data-parallel size."""
+    return max(1, world // (layout.tensor * layout.pipeline))
+
+
+def is_cached(layout: ParallelSettings) -> bool:
+    """Whether features are computed twice: once for the loss over the whole batch, once for the gradients."""
+    return layout.micro_batches > 1 or layout.pipeline > 1
+
+
+def micro_batch_rows(workload: Workload, layout: ParallelSettings, world: int) -> float:
+    """Samples of one micro-batch of one data-parallel rank."""
+    return workload.batch / data_ranks(layout, world) / layout.micro_batches
