@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,20 +17,37 @@ from compt_megatron.data.evaluation import EvalSet
 from compt_megatron.data.source import ShardSource
 from compt_megatron.data.tokenizer import build_tokenizer
 from compt_megatron.data.transforms import eval_transform
-from compt_megatron.engine.deepspeed import DeepSpeedEngine
 from compt_megatron.engine.runtime import Runtime
+from compt_megatron.engine.topology import Topology
+from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.errors import UserError
 from compt_megatron.evaluate.run import evaluate
 from compt_megatron.models.build import build_model
+from compt_megatron.models.groups import lone_groups
+from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import load_canonical
 from compt_megatron.observe.console import Console
 from compt_megatron.observe.metrics import RunLog
 from compt_megatron.recipe.sections import DataSettings, EvaluateSettings
+from compt_megatron.share import total
 from compt_megatron.spec.table import ModelSpec
 
 RETRIEVAL_CAPTIONS = 5  # of each image, as COCO and Flickr30k are scored
 Metrics = dict[str, dict[str, Any]]
 Encode = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Sharing(NamedTuple):
+    """Which share of the rows this rank evaluates, and the sum over those who evaluate the others."""
+
+    rank: int
+    world: int
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, topology: Topology) -> Sharing:
+        """The ranks of one copy of the model evaluate the same rows."""
+        return cls(topology.data_rank, topology.data, lambda values: total(values, topology.data_group))
 
 
 class Evaluator:
@@ -40,17 +57,20 @@ class Evaluator:
         self._member, self._runtime, self._log, self._console = member, runtime, log, console
         self._path = run_dir / member.name / "evaluation.jsonl"
         self._cache_dir = run_dir / "cache"
-        self._sets: list[EvalSet] | None = None
+        self._sets: dict[tuple[int, int], list[EvalSet]] = {}  # by rank and number of those that share the rows
 
-    def __call__(self, engine: DeepSpeedEngine, position: Position) -> None:
+    def __call__(self, engine: TrainingEngine, position: Position) -> None:
         """Evaluate the model in training. Collective."""
         encode_text = (lambda texts: engine.eval_features(texts=texts)["text"]) if self._has_text else None
-        self._record(self._evaluate(lambda images: engine.eval_features(images=images)["image"], encode_text), position)
+        sharing = Sharing.of(engine.topology)
+        found = self._evaluate(lambda images: engine.eval_features(images=images)["image"], encode_text, sharing)
+        self._record(found, position)
 
     def checkpoint(self, path: Path, position: Position) -> None:
         """Evaluate a checkpoint of the member. Collective."""
         encode_image, encode_text = encoders(path, self._runtime)
-        self._record(self._evaluate(encode_image, encode_text), position)
+        sharing = Sharing(self._runtime.rank, self._runtime.world, self._runtime.sum)
+        self._record(self._evaluate(encode_image, encode_text, sharing), position)
 
     def latest(self) -> Metrics:
         """The newest record, empty where there is none. Collective: rank 0 alone knows when the file is written."""
@@ -61,13 +81,14 @@ class Evaluator:
     def _has_text(self) -> bool:
         return "text" in self._member.spec.towers
 
-    def _evaluate(self, encode_image: Encode, encode_text: Encode | None) -> Metrics:
-        settings = self._member.settings
-        if self._sets is None:
-            self._sets = open_sets(settings.data.eval, self._member.spec, self._runtime, self._cache_dir, settings.data)
-        return run_evaluation(
-            self._sets, self._member.spec, settings.evaluate, encode_image, encode_text, self._runtime
-        )
+    def _evaluate(self, encode_image: Encode, encode_text: Encode | None, sharing: Sharing) -> Metrics:
+        settings, spec = self._member.settings, self._member.spec
+        place = sharing.rank, sharing.world
+        if place not in self._sets:
+            self._sets[place] = open_sets(
+                settings.data.eval, spec, self._runtime, sharing, self._cache_dir, settings.data
+            )
+        return run_evaluation(self._sets[place], spec, settings.evaluate, encode_image, encode_text, sharing)
 
     def _record(self, metrics: Metrics, position: Position) -> None:
         if not metrics or not self._runtime.is_main:
@@ -91,8 +112,9 @@ class Evaluator:
 
 
 def open_sets(
-    names: list[str], spec: ModelSpec, runtime: Runtime, cache_dir: Path | None = None, data: DataSettings | None = None
-) -> list[EvalSet]:
+    names: list[str], spec: ModelSpec, runtime: Runtime, sharing: Sharing, cache_dir: Path | None = None,
+    data: DataSettings | None = None,
+) -> list[EvalSet]:  # fmt: skip
     """The evaluation sets called `names`, their rows shared out over the ranks; read as `data` says, if given."""
     options: dict[str, Any] = {}
     if data is not None:
@@ -102,7 +124,7 @@ def open_sets(
     with runtime.main_first():
         sources = [ShardSource.open(name, cache_dir=cache_dir) for name in names]
     return [
-        EvalSet(source, transform=transform, name=name, rank=runtime.rank, world=runtime.world, **options)
+        EvalSet(source, transform=transform, name=name, rank=sharing.rank, world=sharing.world, **options)
         for source, name in zip(sources, names)
     ]
 
@@ -113,7 +135,7 @@ def run_evaluation(
     settings: EvaluateSettings,
     encode_image: Encode,
     encode_text: Encode | None,
-    runtime: Runtime,
+    sharing: Sharing,
 ) -> Metrics:
     """{set: metrics} of a model given by its encoders (un-normalised features). Collective."""
     return evaluate(
@@ -124,19 +146,21 @@ def run_evaluation(
         templates=settings.templates,
         batch=settings.batch_size,
         captions=RETRIEVAL_CAPTIONS if settings.retrieval else 0,
-        rank=runtime.rank,
-        world=runtime.world,
-        reduce=runtime.sum,
+        rank=sharing.rank,
+        world=sharing.world,
+        reduce=sharing.reduce,
     )
 
 
 def encoders(path: Path, runtime: Runtime, spec: ModelSpec | None = None) -> tuple[Encode, Encode | None]:
-    """The two encoders of a checkpoint, on this rank's device in fp32."""
+    """The two encoders of a checkpoint, whole on this rank's device in fp32."""
     reader = open_reader(path, spec)
     try:
         known = reader.spec
         assert known is not None
-        model = build_model(known, dtype=torch.float32, device=runtime.device)
+        model = build_model(
+            known, dtype=torch.float32, device=runtime.device, part=ModelPart(known), groups=lone_groups()
+        )
         load_canonical(model, known, lambda name: reader.read(f"weight/{name}"))
     finally:
         reader.close()
@@ -166,5 +190,6 @@ def evaluate_checkpoint(
     if known.is_language_model:
         raise UserError(f"{path}: {known.name} is a language model; this version evaluates CLIP models and ViTs only")
     encode_image, encode_text = encoders(path, runtime, known)
-    sets = open_sets(data, known, runtime)
-    return run_evaluation(sets, known, settings or EvaluateSettings(), encode_image, encode_text, runtime)
+    sharing = Sharing(runtime.rank, runtime.world, runtime.sum)
+    sets = open_sets(data, known, runtime, sharing)
+    return run_evaluation(sets, known, settings or EvaluateSettings(), encode_image, encode_text, sharing)

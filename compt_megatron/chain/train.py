@@ -27,8 +27,10 @@ from compt_megatron.data.loader import TrainLoader
 from compt_megatron.data.source import ShardSource
 from compt_megatron.data.tokenizer import build_tokenizer
 from compt_megatron.data.transforms import train_transform
-from compt_megatron.engine.deepspeed import DeepSpeedEngine
+from compt_megatron.engine.build import build_engine
 from compt_megatron.engine.runtime import Runtime
+from compt_megatron.engine.topology import Topology
+from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.errors import StopRequested, UserError
 from compt_megatron.objectives.registry import build_objective
 from compt_megatron.observe.console import Console
@@ -58,7 +60,7 @@ class Watch:
     console: Console
     checkpoint: CheckpointSettings
     report: ReportSettings
-    evaluate: Callable[[DeepSpeedEngine, Position], None]
+    evaluate: Callable[[TrainingEngine, Position], None]
     stop: StopFlag
 
 
@@ -113,9 +115,13 @@ class Progress:
 
 
 def open_loader(
-    member: Member, runtime: Runtime, cache_dir: Path, *, start_step: int = 0, streams: int | None = None
-) -> TrainLoader:
-    """The training batches of a member from `start_step` on. Rank 0 counts shards of unknown size first."""
+    member: Member, runtime: Runtime, topology: Topology, cache_dir: Path, *, start_step: int = 0,
+    streams: int | None = None,
+) -> TrainLoader:  # fmt: skip
+    """The training batches of a member from `start_step` on. Rank 0 counts shards of unknown size first.
+
+    All ranks of one copy of the model load the same rows.
+    """
     data = member.settings.data
     with runtime.main_first():
         source = ShardSource.open(data.train, cache_dir=cache_dir)
@@ -128,8 +134,8 @@ def open_loader(
         captions=data.captions,
         seed=member.settings.seed,
         streams=streams or data.streams,
-        rank=runtime.rank,
-        world=runtime.world,
+        rank=topology.data_rank,
+        world=topology.data,
         workers=data.workers,
         start_step=start_step,
         skip_budget=data.skip_budget,
@@ -166,13 +172,19 @@ def train_member(
     newest = resume_from or read_pointer(folder)
     start_from = newest or run_dir / (entry.initial or "")
     train_state = _peek(newest, member) if newest else {}
+    topology = Topology.start(member.settings.parallel)
     loader = open_loader(
-        member, runtime, run_dir / "cache", start_step=train_state.get("step", 0), streams=train_state.get("streams")
+        member,
+        runtime,
+        topology,
+        run_dir / "cache",
+        start_step=train_state.get("step", 0),
+        streams=train_state.get("streams"),
     )
     samples = member.settings.data.samples
     steps_per_epoch = max(1, samples // loader.batch_size) if samples else loader.steps_per_epoch
     steps = total_steps(member, steps_per_epoch, entry.budget_macs)
-    teacher, alignment, projections = _alignment(member, parent_checkpoint, steps, runtime)
+    teacher, alignment, projections = _alignment(member, parent_checkpoint, steps, runtime, topology)
     progress = Progress(
         steps,
         steps_per_epoch,
@@ -186,7 +198,7 @@ def train_member(
         loss=train_state.get("loss"),
         align_at_step0=train_state.get("align_at_step0", {}),
     )
-    engine = DeepSpeedEngine(
+    engine = build_engine(
         member.spec,
         member.settings,
         build_objective(member.settings.objective.name, **member.settings.objective.options()),
@@ -207,7 +219,7 @@ def train_member(
 
 
 def _loop(
-    engine: DeepSpeedEngine, loader: TrainLoader, member: Member, entry: Entry, progress: Progress, watch: Watch,
+    engine: TrainingEngine, loader: TrainLoader, member: Member, entry: Entry, progress: Progress, watch: Watch,
     folder: Path, lineage: list[dict[str, Any]], runtime: Runtime,
 ) -> None:  # fmt: skip
     save_every = watch.checkpoint.every_steps or progress.steps_per_epoch
@@ -298,7 +310,7 @@ def _peak(runtime: Runtime, member: Member) -> float | None:
     return None if peak is None else peak * runtime.world
 
 
-def _check_alignment(engine: DeepSpeedEngine, member: Member, batch: Batch) -> dict[str, float]:
+def _check_alignment(engine: TrainingEngine, member: Member, batch: Batch) -> dict[str, float]:
     """The alignment loss before the first step; an exactly grown model must start at zero, to rounding."""
     losses = engine.alignment_at_start(batch)
     exact = member.grow is not None and member.grow.operator == "exact" and not member.grow.allow_approximate
@@ -312,13 +324,13 @@ def _check_alignment(engine: DeepSpeedEngine, member: Member, batch: Batch) -> d
 
 
 def _alignment(
-    member: Member, parent_checkpoint: Path | None, steps: int, runtime: Runtime
+    member: Member, parent_checkpoint: Path | None, steps: int, runtime: Runtime, topology: Topology
 ) -> tuple[Teacher | None, Alignment | None, Projections | None]:
     if member.align is None or not member.train:
         return None, None, None
     assert parent_checkpoint is not None
     dtype = torch.bfloat16 if member.settings.precision == "bf16" else torch.float32
-    teacher = Teacher.load(parent_checkpoint, dtype, runtime.device)
+    teacher = Teacher.load(parent_checkpoint, dtype, runtime.device, group=topology.model_group)
     align = member.align
     alignment = Alignment(
         weight=align.weight,
@@ -357,7 +369,7 @@ def _peek(checkpoint: Path, member: Member) -> dict[str, Any]:
 
 
 def _save(
-    engine: DeepSpeedEngine,
+    engine: TrainingEngine,
     folder: Path,
     progress: Progress,
     lineage: list[dict[str, Any]],
