@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compt_megatron.errors import UserError
 from compt_megatron.recipe.sections import OptimizerSettings, ParallelSettings
 
 
@@ -16,8 +17,7 @@ def deepspeed_config(
         # DeepSpeed's memory-efficient linear patches F.linear for the whole process and shifts bf16 numerics of
         # every other model in it, the teacher's too.
         zero |= {"memory_efficient_linear": False, "stage3_gather_16bit_weights_on_model_save": False}
-    if parallel.offload == "optimizer":
-        zero["offload_optimizer"] = {"device": "cpu"}
+    zero |= _offload(parallel)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": rows_per_micro_batch,
         "gradient_accumulation_steps": parallel.micro_batches,
@@ -34,3 +34,24 @@ def deepspeed_config(
             # Gradients are summed over micro-batches and ranks in fp32; stage 0 can only do it in the model's dtype.
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def _offload(parallel: ParallelSettings) -> dict[str, Any]:
+    """Where optimizer state, and weights, are kept outside the device: CPU memory, or files on a local NVMe disk.
+
+    Raises UserError where DeepSpeed cannot write to such a disk.
+    """
+    if parallel.offload == "none":
+        return {}
+    place: dict[str, Any] = {"device": "cpu"}
+    if parallel.offload_path is not None:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError(
+                "parallel.offload_path: DeepSpeed needs libaio to write to a disk, which is not installed here; install "
+                "it (Debian: libaio-dev), or leave offload_path out to offload to CPU memory"
+            )
+        place = {"device": "nvme", "nvme_path": parallel.offload_path}
+    kept = ["offload_optimizer", *(["offload_param"] if parallel.offload == "parameters" else [])]
+    return {name: dict(place) for name in kept}
