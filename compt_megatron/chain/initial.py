@@ -42,6 +42,7 @@ def write_initial(member: Member, parent_checkpoint: Path | None, target: Path) 
         format="megatron",
         seed=member.settings.seed,
         allow_approximate=settings.allow_approximate,
+        moments=settings.moments,
         overwrite=True,
     )
     assert isinstance(certificate, Certificate), "a dry run makes no certificate"

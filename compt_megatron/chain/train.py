@@ -209,7 +209,8 @@ def train_member(
         projections=projections,
     )
     try:
-        lineage = engine.load(start_from, optimizer=newest is not None).get("lineage", [])
+        grown = member.grow is not None and member.grow.moments == "grow"
+        lineage = engine.load(start_from, optimizer=newest is not None or grown).get("lineage", [])
         watch.log.rewind(member.name, engine.global_step)
         _loop(engine, loader, member, entry, progress, watch, folder, lineage, runtime)
     finally:

@@ -49,8 +49,8 @@ def _offload(parallel: ParallelSettings) -> dict[str, Any]:
 
         if not AsyncIOBuilder().is_compatible(verbose=False):
             raise UserError(
-                "parallel.offload_path: DeepSpeed needs libaio to write to a disk, which is not installed here; install "
-                "it (Debian: libaio-dev), or leave offload_path out to offload to CPU memory"
+                "parallel.offload_path: DeepSpeed needs libaio to write to a disk, which is not installed here; "
+                "install it (Debian: libaio-dev), or leave offload_path out to offload to CPU memory"
             )
         place = {"device": "nvme", "nvme_path": parallel.offload_path}
     kept = ["offload_optimizer", *(["offload_param"] if parallel.offload == "parameters" else [])]

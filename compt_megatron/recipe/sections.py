@@ -276,6 +276,11 @@ class GrowSettings(Section):
     )
     axes: dict[str, str] = Field(default_factory=dict, description="Mode of single axes, such as `mlp: append`.")
     allow_approximate: bool = Field(default=False, description="Record what cannot be exact instead of refusing.")
+    moments: Literal["fresh", "grow"] = Field(
+        default="fresh",
+        description="The optimizer's state: anew (with warm-up), or grown from the previous link's last checkpoint, as if "
+        "the training went on.",
+    )
 
 
 class AlignSettings(Section):

@@ -1,4 +1,4 @@
-"""Optimizer state and weights kept outside the device: the losses of a job that keeps everything, after a resume too."""
+"""Optimizer state and weights kept outside the device change no loss, after a resume neither."""
 
 from __future__ import annotations
 

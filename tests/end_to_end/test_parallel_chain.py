@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compt_megatron.checkpoint.formats import open_reader
 from tests.end_to_end import tiny
 from tests.end_to_end.commands import compt
 
@@ -28,6 +29,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     large = tiny.model(96, 6, 2, joint=32)
     large["text_cfg"]["layers"] = 2
     (path.parent / "l.json").write_text(json.dumps(large))
+    recipe = yaml.safe_load(path.read_text())
+    recipe["links"][1]["grow"]["moments"] = "grow"
+    path.write_text(yaml.safe_dump(recipe))
     return path
 
 
@@ -50,5 +54,10 @@ def test_links_on_different_layouts_train_as_one_process(plain: Path) -> None:
         assert max(entry["align_at_step0"].values(), default=0) < 1e-9
         found, wanted = (next(iter(each["evaluation"].values())) for each in (entry, expected))
         assert found["top1"] == pytest.approx(wanted["top1"], abs=0.03)  # 96 samples: a near tie may fall otherwise
+    for run in (alone, split):
+        reader = open_reader(run / tiny.entries(run)["m"]["initial"])
+        assert reader.read("step/visual.proj") == tiny.STEPS["s"], "the second link goes on with the first's moments"
+        assert reader.read("exp_avg/visual.proj").abs().max() > 0
+        reader.close()
     verified = compt("verify", split, folder=plain.parent)
     assert verified.codes == [0], verified
