@@ -7,6 +7,8 @@ from typing import Any
 from compt_megatron.chain.layouts import nearest, obstacle
 from compt_megatron.chain.member import Member, control_members, link_members
 from compt_megatron.chain.workload import data_ranks
+from compt_megatron.checkpoint.contract import Layout
+from compt_megatron.checkpoint.megatron_layout import obstacle as layout_obstacle
 from compt_megatron.data.source import built_in, is_built_in
 from compt_megatron.data.tar_reader import is_local
 from compt_megatron.errors import UserError
@@ -104,6 +106,7 @@ def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
             f"{where}: its teacher {previous.name} has {previous.numel:,} parameters, more than its own "
             f"{member.spec.numel:,}; put the links in order of size, or remove 'align'"
         )
+    _check_teacher_layout(member, previous, where)
     for tower in member.align.towers:
         name = "vision" if tower == "image" else "text"
         if name in member.spec.towers and name not in previous.towers:
@@ -120,6 +123,25 @@ def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
         if student is not None and teacher is not None and student != teacher:
             raise UserError(f"{where}: {field} is {student}, the previous link's is {teacher}: it could not teach it; "
                             "make them equal or remove 'align'")  # fmt: skip
+
+
+def _check_teacher_layout(member: Member, teacher: ModelSpec, where: str) -> None:
+    """Whether the ranks of one copy of the student can split the teacher as asked, each part with rows of its own."""
+    assert member.align is not None
+    parallel, split = member.settings.parallel, member.align.tensor
+    copy = parallel.tensor * parallel.pipeline
+    fitting = [n for n in range(1, copy + 1) if copy % n == 0 and layout_obstacle(teacher, Layout(tensor=n)) is None]
+    near = min(fitting, key=lambda n: (abs(n - split), n))
+    if copy % split:
+        raise UserError(
+            f"{where}: align.tensor is {split}, which does not divide the {copy} ranks of one copy of the student "
+            f"(tensor x pipeline); the nearest that works is {near}"
+        )
+    reason = layout_obstacle(teacher, Layout(tensor=split))
+    if reason is not None:
+        raise UserError(
+            f"{where}: align.tensor is {split}, but of the teacher {reason}; the nearest that works is {near}"
+        )
 
 
 def _field(spec: ModelSpec, tower: str, field: str) -> Any:

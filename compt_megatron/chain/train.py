@@ -331,8 +331,14 @@ def _alignment(
         return None, None, None
     assert parent_checkpoint is not None
     dtype = torch.bfloat16 if member.settings.precision == "bf16" else torch.float32
-    teacher = Teacher.load(parent_checkpoint, dtype, runtime.device, group=topology.model_group)
     align = member.align
+    teacher = Teacher.load(
+        parent_checkpoint,
+        dtype,
+        runtime.device,
+        group=topology.model_group,
+        tensor_group=topology.neighbours(align.tensor),
+    )
     alignment = Alignment(
         weight=align.weight,
         schedule=align.schedule,

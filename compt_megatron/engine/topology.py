@@ -59,6 +59,22 @@ class Topology:
             last_rank=groups.get_pipeline_model_parallel_last_rank(),
         )
 
+    def neighbours(self, size: int) -> dist.ProcessGroup | None:
+        """The group of `size` neighbouring ranks inside one copy of the model that this rank is in; None for 1.
+        Collective over all ranks."""
+        if size == 1:
+            return None
+        copies: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(copies, dist.get_process_group_ranks(self.model_group))
+        own = None
+        for ranks in sorted({tuple(copy) for copy in copies}):
+            assert len(ranks) % size == 0, f"{size} does not divide the {len(ranks)} ranks of a copy"
+            for start in range(0, len(ranks), size):
+                group = dist.new_group(list(ranks[start : start + size]))  # every rank must take part in every one
+                if dist.get_rank() in ranks[start : start + size]:
+                    own = group
+        return own
+
     @property
     def has_outputs(self) -> bool:
         """Whether the model's features come out on this rank."""

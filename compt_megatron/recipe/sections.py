@@ -278,8 +278,8 @@ class GrowSettings(Section):
     allow_approximate: bool = Field(default=False, description="Record what cannot be exact instead of refusing.")
     moments: Literal["fresh", "grow"] = Field(
         default="fresh",
-        description="The optimizer's state: anew (with warm-up), or grown from the previous link's last checkpoint, as if "
-        "the training went on.",
+        description="The optimizer's state: anew (with warm-up), or grown from the previous link's last checkpoint, as "
+        "if the training went on.",
     )
 
 
@@ -304,4 +304,9 @@ class AlignSettings(Section):
     )
     towers: Annotated[list[AlignedTower], Field(min_length=1)] = Field(
         default_factory=lambda: list(get_args(AlignedTower)), description="The towers that are aligned."
+    )
+    tensor: Positive = Field(
+        default=1,
+        description="Ranks that split the teacher between them, for one that a rank cannot hold; must divide tensor x "
+        "pipeline, the ranks of one copy of the student, which share out its rows.",
     )

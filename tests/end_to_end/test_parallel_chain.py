@@ -39,6 +39,7 @@ def test_links_on_different_layouts_train_as_one_process(plain: Path) -> None:
     recipe = yaml.safe_load(plain.read_text())
     for link, parallel in zip(recipe["links"], LAYOUTS.values(), strict=True):
         link["parallel"] = parallel
+    recipe["links"][2]["align"]["tensor"] = 2  # the teacher cut in two, its student in a pipeline
     mixed = plain.with_name("mixed.yaml")
     mixed.write_text(yaml.safe_dump(recipe))
     alone, split = plain.parent / "alone", plain.parent / "split"

@@ -112,6 +112,7 @@ RECIPES: list[tuple[str, Any, str]] = [
     ("parallel", {"tensor": 3}, "parallel.tensor is 3, which does not fit: its vision tower has 2 heads"),
     ("parallel", {"tensor": 2}, "its vision tower has 3 heads, which tensor does not divide; the nearest layout"),
     ("parallel", {"micro_batches": 5}, "data.batch_size 32 is not divisible by 1 data-parallel ranks x 5 micro"),
+    ("links.1.align", {"tensor": 2}, "align.tensor is 2, which does not divide the 1 ranks of one copy of the student"),
     ("seed", -1, "seed: needs an integer >= 0"),
     ("links", {"a": 1}, "links: needs a list of at least 1, not a section"),
     ("links.1.name", "s", "the name 's' is taken"),
@@ -145,6 +146,15 @@ def _checked(say: str) -> None:
         check_recipe(load_recipe("tiny.yaml"))
     assert say in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_that_cannot_be_split(here: Path) -> None:
+    change(here / "tiny.yaml", "links.2.parallel", {"tensor": 4})
+    change(here / "tiny.yaml", "links.2.align", {"tensor": 4})
+    with pytest.raises(
+        UserError, match="but of the teacher its vision tower has 3 heads.*; the nearest that works is 1"
+    ):
+        check_recipe(load_recipe(here / "tiny.yaml"), world=4, data=False)
 
 
 @pytest.mark.parametrize(
