@@ -212,6 +212,7 @@ def train_member(
         grown = member.grow is not None and member.grow.moments == "grow"
         lineage = engine.load(start_from, optimizer=newest is not None or grown).get("lineage", [])
         watch.log.rewind(member.name, engine.global_step)
+        watch.console.message(f"{member.name}: {_layout_line(member, topology)}; {engine.optimizer_name}")
         _loop(engine, loader, member, entry, progress, watch, folder, lineage, runtime)
     finally:
         loader.close()
@@ -289,6 +290,19 @@ def _next_batch(batches: Iterator[Batch], stop: StopFlag, runtime: Runtime) -> B
     if worst == 2:
         raise next(found for found in runtime.exchange(error) if found is not None)
     return None if worst == 1 else batch
+
+
+def _layout_line(member: Member, topology: Topology) -> str:
+    """How a link is spread, in a few words."""
+    parallel = member.settings.parallel
+    sizes = {
+        "tensor": topology.tensor,
+        "pipeline": topology.pipeline,
+        "virtual": topology.virtual,
+        "data": topology.data,
+    }
+    split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
+    return f"engine {parallel.engine}, {split}, ZeRO {parallel.zero}"
 
 
 class _Clock:

@@ -23,6 +23,7 @@ from compt_megatron.engine.zero_config import deepspeed_config
 from compt_megatron.engine.zero_state import ZeroState
 from compt_megatron.models.build import build_model
 from compt_megatron.models.clip import MAX_LOG_SCALE
+from compt_megatron.models.megatron_cpu import use_cpu_in_training
 from compt_megatron.models.part import ModelPart
 from compt_megatron.objectives.base import Objective
 from compt_megatron.recipe.schema import Settings
@@ -62,6 +63,7 @@ class DeepSpeedEngine(TrainingEngine):
         super().__init__(
             spec, settings, objective, runtime, total_steps=total_steps, teacher=teacher, alignment=alignment
         )
+        use_cpu_in_training()
         parallel = settings.parallel
         part = ModelPart.current(spec)
         model = build_model(
@@ -77,6 +79,7 @@ class DeepSpeedEngine(TrainingEngine):
             lambda name: decays(held[name], spec),
             tensor_group=self.topology.tensor_group if self.topology.tensor > 1 else None,
         )
+        self.optimizer_name = self._optimizer.implementation
         micro_rows = settings.data.batch_size // (self.topology.data * parallel.micro_batches)
         config = deepspeed_config(parallel, settings.optimizer, settings.precision, micro_rows, self.topology.data)
         self._engine, *_ = deepspeed.initialize(

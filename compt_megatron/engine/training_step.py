@@ -51,6 +51,7 @@ class TrainingEngine(ABC):
         self._skipped_in_a_row = 0
         self._part_names: dict[bool, list[str]] = {}
         self._dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        self.optimizer_name = ""  # which code makes the optimizer's steps, for people
         self._checkpoint: RunCheckpoint
 
     # -- what an engine has of its own -------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_a_teacher_that_cannot_be_split(here: Path) -> None:
     change(here / "tiny.yaml", "links.2.parallel", {"tensor": 4})
     change(here / "tiny.yaml", "links.2.align", {"tensor": 4})
     with pytest.raises(
-        UserError, match="but of the teacher its vision tower has 3 heads.*; the nearest that works is 1"
+        UserError, match=r"but of the teacher its vision tower has 3 heads.*; the nearest that works is 1"
     ):
         check_recipe(load_recipe(here / "tiny.yaml"), world=4, data=False)
 
