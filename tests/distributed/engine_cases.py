@@ -22,11 +22,15 @@ ROWS, CAPTIONS, STEPS, LR, DECAY, BETAS, EPS = 16, 2, 3, 1e-2, 0.1, (0.9, 0.98),
 Case = tuple[int, int]  # ZeRO stage, micro-batches
 
 
-def whole_batch(step: int) -> Batch:
+def whole_batch(step: int, config: dict[str, Any] = CONFIG) -> Batch:
+    """Images with texts, or with labels for the config of a plain ViT."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(ROWS, 3, 16, 16, generator=generator)
     texts = torch.randint(1, 64, (ROWS, CAPTIONS, 8), generator=generator)
-    return Batch(images, texts, None, [str(row) for row in range(ROWS)], step)
+    names = [str(row) for row in range(ROWS)]
+    if "text_cfg" in config:
+        return Batch(images, texts, None, names, step)
+    return Batch(images, None, texts[:, 0, 0] % config["embed_dim"], names, step)
 
 
 def rank_batch(step: int, rank: int, world: int) -> Batch:
@@ -71,13 +75,15 @@ def engine_of(
     spec = spec_from_config(config, "tiny")
     teacher = alignment = projections = None
     if aligned:
-        teacher_spec = spec_from_config(TEACHER, "teacher")
+        kept = {key: value for key, value in TEACHER.items() if key in config}
+        teacher_spec = spec_from_config(kept, "teacher")
         weights = start_weights(teacher_spec, 7)
         teacher = Teacher.build(teacher_spec, weights.__getitem__, Topology.start(settings.parallel).model_group)
         alignment = Alignment(weight=0.7)
         projections = Projections.between(spec, teacher_spec, seed=0)
+    objective = build_objective("clip" if "text_cfg" in config else "classify")
     return build_engine(
-        spec, settings, build_objective("clip"), runtime, total_steps=100,
+        spec, settings, objective, runtime, total_steps=100,
         teacher=teacher, alignment=alignment, projections=projections,
     )  # fmt: skip
 
