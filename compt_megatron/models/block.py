@@ -101,6 +101,7 @@ def transformer_config(
         options["virtual_pipeline_model_parallel_size"] = part.virtual
     with warnings.catch_warnings():  # its own default for CUDA graphs is announced as deprecated
         warnings.filterwarnings("ignore", message="full scope is deprecated")
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine")  # core attention is ours
         return _config(tower, dtype, part, options)
 
 

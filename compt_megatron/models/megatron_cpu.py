@@ -32,8 +32,11 @@ def install() -> None:
     with warnings.catch_warnings():
         # Transformer Engine and apex are optional and their absence is announced four times at import
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        warnings.filterwarnings("ignore", message="Apex is not installed")
         importlib.import_module("megatron.core")
+        importlib.import_module("megatron.core.models.backends")
     if not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", message="When using async grad allreduce")  # advice about CUDA streams
         _use_cpu_random_state()
     _installed = True
 

@@ -1,4 +1,4 @@
-"""The engine on one GPU with nccl at world size 1: every ZeRO stage against the plain PyTorch step on the CPU."""
+"""Both engines on one GPU with nccl at world size 1: every ZeRO stage against the plain PyTorch step on the CPU."""
 
 from __future__ import annotations
 
@@ -33,11 +33,36 @@ for precision, tolerance in (("fp32", 1e-4), ("bf16", 3e-2)):
         print(precision, case, losses)
 """
 
+MEGATRON = """
+import sys
+from pathlib import Path
+import pytest, torch
+from tests.distributed import test_engine as cases
+from tests.distributed.engine_cases import engine_of, rank_batch, STEPS
+from compt_megatron.engine.runtime import Runtime
 
-def test_every_stage_on_one_gpu(tmp_path: Path) -> None:
+start = cases.write_start(Path(sys.argv[1]))
+torch.backends.cuda.matmul.allow_tf32 = False
+runtime = Runtime.start()
+assert runtime.device.type == "cuda"
+for precision, tolerance in (("fp32", 1e-4), ("bf16", 3e-2)):
+    for zero, micro_batches, recompute in ((0, 1, "none"), (1, 1, "full"), (0, 2, "selective"), (1, 4, "none")):
+        parallel = {"engine": "megatron", "zero": zero, "micro_batches": micro_batches, "recompute": recompute}
+        engine = engine_of(runtime, parallel, precision, True)
+        engine.load(start)
+        losses = [engine.step(rank_batch(step, 0, 1)).loss for step in range(STEPS)]
+        engine.save(Path(sys.argv[1]).with_name("saved"), {"step": engine.global_step}, [])
+        engine.close()
+        assert losses == pytest.approx(cases.oracle(True)["losses"], rel=tolerance), (precision, parallel)
+        print(precision, parallel, losses)
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, MEGATRON], ids=["deepspeed", "megatron"])
+def test_every_stage_on_one_gpu(tmp_path: Path, script: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "start")],
+        [sys.executable, "-c", script, str(tmp_path / "start")],
         cwd=ROOT,
         env=environment,
         capture_output=True,
