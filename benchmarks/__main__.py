@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = {
     "open_clip_parity": "features against open_clip's, every packaged config of the paper's size; 2 min",
     "growth_exactness": "features of grown models against their source's, the paper's chains; 3 min",
+    "memory_model": "the planner's memory against measured towers and DeepSpeed runs; 3 min",
     "grow": "throughput and memory of grow and convert beside cp and two peers, a source of 1 GB; 5 min",
     "chain_vs_alone": "the demo's chain against its last model alone, three seeds; an hour",
 }

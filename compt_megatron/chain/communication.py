@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from compt_megatron.chain.memory import gradient_bytes
 from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
 from compt_megatron.recipe.sections import ParallelSettings
 
@@ -107,26 +106,28 @@ def _pipeline(workload: Workload, layout: ParallelSettings, world: int) -> Itera
 
 
 def _parameters(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
-    """Data parallel (Rajbhandari et al. 2020, arXiv 1910.02054, section 7), g bytes a gradient, e a weight.
+    """Data parallel (Rajbhandari et al. 2020, arXiv 1910.02054, section 7), e bytes a weight, g a gradient: 4 under
+    megatron, which reduces in fp32, e under DeepSpeed.
 
-    Stage 0: all-reduce of P g. Stages 1 and 2: reduce-scatter of P g, all-gather of P e; stage 2 reduces after every
-    micro-batch. Stage 3: weights are gathered for every forward pass of every micro-batch and for its backward pass
-    (full recomputation needs no gathering of its own), gradients are reduced after every micro-batch.
+    Stage 0: all-reduce of P g. Stage 1: reduce-scatter of P g and all-gather of P e. DeepSpeed's stages 1 and 2
+    all-reduce their buckets and keep a part, stage 2 after every micro-batch. Stage 3: weights are gathered for every
+    forward pass of every micro-batch and for its backward pass (full recomputation needs no gathering of its own),
+    gradients are reduce-scattered after every micro-batch. Calls are counted as one for each block.
     """
     ranks, m = data_ranks(layout, world), layout.micro_batches
     if ranks == 1:
         return
     own = workload.counts.on_rank(layout, 0)
-    gradients = own * gradient_bytes(workload, layout) * ring(ranks)
+    gradients = own * (_FP32 if layout.engine == "megatron" else workload.element) * ring(ranks)
     weights = own * workload.element * ring(ranks)
     calls = sum(tower.layers for tower in workload.spec.towers.values()) / layout.pipeline
-    if layout.zero == 0:
-        yield Traffic("gradients", "data", 2 * gradients, calls, ranks, layout.tensor)
-        return
     reductions = m if layout.zero >= 2 else 1
-    yield Traffic("gradients", "data", reductions * gradients, reductions * calls, ranks, layout.tensor)
-    gathers = m * (2 + is_cached(layout)) if layout.zero == 3 else 1
-    yield Traffic("weights", "data", gathers * weights, gathers * calls, ranks, layout.tensor)
+    both_ways = 1 if layout.zero == (1 if layout.engine == "megatron" else 3) else 2
+    sent = reductions * both_ways * gradients
+    yield Traffic("gradients", "data", sent, reductions * calls, ranks, layout.tensor)
+    if layout.zero:
+        gathers = m * (2 + is_cached(layout)) if layout.zero == 3 else 1
+        yield Traffic("weights", "data", gathers * weights, gathers * calls, ranks, layout.tensor)
 
 
 def _features(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from compt_megatron.chain.workload import Workload, data_ranks, micro_batch_rows
+from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
 from compt_megatron.recipe.sections import ParallelSettings
 from compt_megatron.spec.table import ModelSpec, Tower
 
-# DeepSpeed's defaults: elements of its reduce buckets, and of weights that ZeRO-3 keeps gathered at a time
+# DeepSpeed's defaults: elements of its reduce bucket, which has that size however small the model is, and of weights
+# that ZeRO-3 keeps gathered at a time
 _BUCKET, _LIVE = 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that needs most. `buffers`: DeepSpeed's reduce buckets and gathered weights."""
+    """Bytes on the rank that needs most. `buffers`: DeepSpeed's reduce bucket and gathered weights."""
 
     weights: float
     gradients: float
@@ -42,7 +43,7 @@ def _stage(workload: Workload, layout: ParallelSettings, world: int, stage: int)
     own, ranks, element = workload.counts.on_rank(layout, stage), data_ranks(layout, world), workload.element
     weights = own * element / (ranks if layout.zero == 3 else 1)
     gradients = own * gradient_bytes(workload, layout) / (ranks if layout.zero >= 2 else 1)
-    optimizer = own * state_bytes(workload) / (ranks if layout.zero >= 1 else 1)
+    optimizer = own * state_bytes(workload, layout) / (ranks if layout.zero >= 1 else 1)
     if layout.offload != "none":
         optimizer = 0.0
         gradients = 0.0 if layout.zero >= 2 else gradients
@@ -53,26 +54,32 @@ def _stage(workload: Workload, layout: ParallelSettings, world: int, stage: int)
         gradients=gradients,
         optimizer=optimizer,
         teacher=_teacher(workload, layout, world),
-        activations=_activations(workload, layout, world, stage) + _features(workload, layout, world),
-        buffers=_buffers(own * element, layout, ranks, element),
+        activations=_activations(workload, layout, world, stage),
+        buffers=bucket_bytes(workload, layout) + (min(own, _LIVE) * element if layout.zero == 3 else 0.0),
     )
 
 
 def gradient_bytes(workload: Workload, layout: ParallelSettings) -> int:
-    """Bytes of a parameter's gradient: fp32, except where DeepSpeed's stage 0 leaves it in the weight's type."""
-    return workload.element if layout.engine == "deepspeed" and layout.zero == 0 else 4
+    """Bytes that a parameter's gradient takes: fp32. Under DeepSpeed in bf16, stage 0 has no fp32 sum, stage 1 the
+    backward pass's own gradient beside it; stages 2 and 3 hold what is reduced twice when the update begins."""
+    if layout.engine == "megatron":
+        return 4
+    return {"fp32": (4, 4, 8, 8), "bf16": (2, 6, 4, 8)}[workload.precision][layout.zero]
 
 
-def state_bytes(workload: Workload) -> int:
-    """Bytes of a parameter's optimizer state: two fp32 moments, and the fp32 master of a bf16 weight."""
-    return 8 if workload.precision == "fp32" else 12
+def state_bytes(workload: Workload, layout: ParallelSettings) -> int:
+    """Bytes of a parameter's optimizer state: two fp32 moments, and the fp32 master of a bf16 weight (which DeepSpeed's
+    ZeRO makes of an fp32 weight too)."""
+    master = workload.precision == "bf16" or (layout.engine == "deepspeed" and layout.zero > 0)
+    return 12 if master else 8
 
 
-def _buffers(weights: float, layout: ParallelSettings, ranks: int, element: int) -> float:
-    if layout.engine == "megatron" or layout.zero == 0 or ranks == 1:
-        return 0.0  # megatron-core reduces and gathers in the buffers of gradients and weights
-    bucket = min(weights, _BUCKET * element)
-    return bucket + (min(weights, _LIVE * element) if layout.zero == 3 else 0.0)
+def bucket_bytes(workload: Workload, layout: ParallelSettings) -> int:
+    """Bytes of DeepSpeed's reduce bucket. megatron-core reduces and gathers in the buffers of gradients and weights,
+    and stage 1 in bf16 in its fp32 sums."""
+    if layout.engine == "megatron" or layout.zero == 0 or (layout.zero == 1 and workload.precision == "bf16"):
+        return 0
+    return _BUCKET * workload.element
 
 
 def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> float:
@@ -91,22 +98,41 @@ def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> float:
 
 
 def _activations(workload: Workload, layout: ParallelSettings, world: int, stage: int) -> float:
-    """What the backward passes of the micro-batches in flight keep, and the largest buffers of one block's backward.
+    """What the backward passes of the micro-batches in flight keep, the largest buffers of one block's backward, and
+    the loss with its gradient (half as much again), which the last stage has.
 
-    In a pipeline the towers come one after another, so that only one of them has activations at a time.
+    In a pipeline the towers come one after another, so that only one of them has activations at a time. With cached
+    gradients the loss is done before any activation is kept.
     """
     rows = micro_batch_rows(workload, layout, world)
     kept, working = [], []
     for tower in workload.spec.towers.values():
         sequences = workload.sequences(tower, rows)
-        block, inner = block_kept(tower, layout, workload.element)
-        chunks = chunks_in_flight(layout, stage)
-        layers = tower.layers / (layout.pipeline * layout.virtual)
-        ends = _ends(workload.spec, tower, layout, workload.element, stage)
-        kept.append(sequences * (chunks * layers * block + min(chunks, layout.micro_batches) * ends))
+        _, inner = block_kept(tower, layout, workload.element)
         gradients = 2 * tower.mlp / layout.tensor + 2 * tower.width
+        kept.append(sequences * _tower_kept(workload, tower, layout, stage))
         working.append(sequences * (inner + tower.tokens * gradients * workload.element))
-    return max(map(sum, zip(kept, working))) if layout.pipeline > 1 else sum(kept) + max(working)
+    towers = max(map(sum, zip(kept, working))) if layout.pipeline > 1 else sum(kept) + max(working)
+    loss = 1.5 * loss_kept(workload, layout, world) if stage == layout.pipeline - 1 else 0.0
+    return max(towers, loss) if is_cached(layout) else towers + loss
+
+
+def kept_activations(workload: Workload, layout: ParallelSettings, world: int) -> float:
+    """Bytes that autograd keeps between the forward and the backward pass of a micro-batch of an unsplit pipeline,
+    and of the loss: what can be measured."""
+    rows = micro_batch_rows(workload, layout, world)
+    towers = workload.spec.towers.values()
+    kept = sum(workload.sequences(tower, rows) * _tower_kept(workload, tower, layout, 0) for tower in towers)
+    return kept + loss_kept(workload, layout, world)
+
+
+def _tower_kept(workload: Workload, tower: Tower, layout: ParallelSettings, stage: int) -> float:
+    """Bytes kept for each sequence of a micro-batch, by all micro-batches in flight together."""
+    block, _ = block_kept(tower, layout, workload.element)
+    chunks = chunks_in_flight(layout, stage)
+    layers = tower.layers / (layout.pipeline * layout.virtual)
+    ends = _ends(workload.spec, tower, layout, workload.element, stage)
+    return chunks * layers * block + min(chunks, layout.micro_batches) * ends
 
 
 def block_kept(tower: Tower, layout: ParallelSettings, element: int) -> tuple[float, float]:
@@ -154,14 +180,11 @@ def _ends(spec: ModelSpec, tower: Tower, layout: ParallelSettings, element: int,
     return kept
 
 
-def _features(workload: Workload, layout: ParallelSettings, world: int) -> float:
-    """The loss: features of the whole batch in fp32, and logits of this rank's rows against them.
-
-    For each caption and direction the scores, their scaled copy's log-softmax and its gradient.
-    """
-    width, spec = workload.spec.joint, workload.spec
-    features = workload.batch * width * (1 + workload.captions) * 4
+def loss_kept(workload: Workload, layout: ParallelSettings, world: int) -> float:
+    """The contrastive loss: normalised features of the whole batch in fp32, and for each caption and direction the
+    scores of this rank's rows against them and their log-softmax."""
+    spec, rows = workload.spec, workload.batch / data_ranks(layout, world)
+    features = workload.batch * spec.joint * (1 + workload.captions) * 4
     if "text" not in spec.towers:
         return features
-    logits = (workload.batch / data_ranks(layout, world)) * workload.batch * 4
-    return features + logits * (2 * 2 * workload.captions + 1)
+    return features + 2 * 2 * workload.captions * rows * workload.batch * 4
