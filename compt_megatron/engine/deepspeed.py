@@ -125,6 +125,7 @@ class DeepSpeedEngine(TrainingEngine):
             group["lr"] = rate * group.get("lr_scale", 1.0)
         own = self._own_gradient_norm()
         self._optimizer.refuse = own is not None and not math.isfinite(own)
+        self._mark_gradients()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0) if own is None else own
         refused = self._optimizer.refuse or bool(getattr(self._engine.optimizer, "overflow", False))
@@ -146,6 +147,14 @@ class DeepSpeedEngine(TrainingEngine):
         if self.topology.tensor > 1:
             dist.all_reduce(squares[:1], group=self.topology.tensor_group)
         return float(squares.sum().sqrt())
+
+    def _mark_gradients(self) -> None:
+        """Say of each gradient, too, whether tensor-parallel ranks have different parts: in bf16 at stage 0 DeepSpeed's
+        norm asks the gradients for megatron's mark, and would leave out the parts of all ranks but the first."""
+        if self.settings.parallel.zero == 0 and self.topology.tensor > 1:
+            for param in self._student.parameters():
+                if param.grad is not None:
+                    param.grad.tensor_model_parallel = getattr(param, "tensor_model_parallel", False)  # type: ignore[attr-defined]
 
     # -- features ----------------------------------------------------------------------------------------------------
 

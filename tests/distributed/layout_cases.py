@@ -104,6 +104,18 @@ def _joined(case: Case, ranks: list[Ran]) -> Ran:
     return Ran(ran.losses, ran.norms, first, last, ran.features, ran.count, max(rank.seconds for rank in ranks))
 
 
+def uneven(engine: Any) -> list[str]:
+    """Parameters whose weight in the model is not the optimizer's fp32 copy in the model's dtype."""
+    found = []
+    for held in engine._checkpoint._held:
+        if getattr(held.param, "ds_tensor", None) is not None:
+            continue  # ZeRO 3 holds a piece; the next forward pass gathers it
+        master = engine._state.master(held.param)
+        if not torch.equal(held.param.detach(), master.to(held.param.dtype)):
+            found.append(held.names[0])
+    return found
+
+
 def of(state: State, kind: str) -> State:
     """One kind of state. A key's bias changes no attention: its gradient is rounding, which Adam makes a whole step."""
     return {name: value for name, value in state.items() if name.startswith(f"{kind}/") and "k_proj.bias" not in name}

@@ -15,7 +15,7 @@ from compt_megatron.checkpoint.api import convert
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.spec.families import spec_from_config
 from tests.distributed.engine_cases import engine_of, joined, pieces_of, whole_batch, write_start
-from tests.distributed.layout_cases import CONFIG, Layout, State, layout
+from tests.distributed.layout_cases import CONFIG, Layout, State, layout, uneven
 from tests.distributed.spawn import run_ranks
 
 STEPS, MORE, LR = 4, 1, 1e-3  # steps of a leg; steps that are done twice
@@ -47,18 +47,6 @@ def go_on(engine: Any, first: int, count: int) -> list[float]:
     place = engine.topology
     steps = range(first, first + count)
     return [engine.step(whole_batch(step).split(place.data)[place.data_rank]).loss for step in steps]
-
-
-def uneven(engine: Any) -> list[str]:
-    """Parameters whose weight in the model is not the optimizer's fp32 copy in the model's dtype."""
-    found = []
-    for held in engine._checkpoint._held:
-        if getattr(held.param, "ds_tensor", None) is not None:
-            continue  # ZeRO 3 holds a piece; the next forward pass gathers it
-        master = engine._state.master(held.param)
-        if not torch.equal(held.param.detach(), master.to(held.param.dtype)):
-            found.append(held.names[0])
-    return found
 
 
 def leg(rank: int, world: int, folder: str, index: int) -> dict[str, Leg]:

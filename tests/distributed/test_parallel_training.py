@@ -1,4 +1,7 @@
-"""Tensor, pipeline, virtual pipeline, data parallelism and ZeRO: the losses, gradients and weights of one process."""
+"""Tensor, pipeline, virtual pipeline, data parallelism and ZeRO: the losses, gradients and weights of one process.
+
+`benchmarks/layouts.py` goes through all layouts of four processes; these are a covering few.
+"""
 
 from __future__ import annotations
 
@@ -6,106 +9,87 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from compt_megatron.spec.families import spec_from_config
-from tests.distributed.engine_cases import STEPS, engine_of, joined, pieces_of, whole_batch, write_start
-from tests.distributed.spawn import run_ranks
+from tests.distributed.engine_cases import STEPS, write_start
+from tests.distributed.layout_cases import (
+    CONFIG,
+    PLAIN,
+    Case,
+    Ran,
+    distance,
+    gradient,
+    layout,
+    loss_distance,
+    of,
+    outcomes,
+)
 
-CONFIG: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 4, "head_width": 8},
-    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 4, "layers": 4},
-}
-Layout = dict[str, Any]
-
-
-def train(rank: int, world: int, start: str, layout: Layout, precision: str, aligned: bool) -> Any:
-    from compt_megatron.engine.runtime import Runtime
-
-    runtime = Runtime.start()
-    engine = engine_of(runtime, layout, precision, aligned, CONFIG)
-    engine.load(Path(start))
-    place = engine.topology
-    losses, norms, first = [], [], []
-    for step in range(STEPS):
-        result = engine.step(whole_batch(step).split(place.data)[place.data_rank])
-        losses.append((result.loss, *result.parts.values()))
-        norms.append(result.grad_norm)
-        if step == 0:
-            first = pieces_of(engine)
-    features = engine.eval_features(whole_batch(9).images, whole_batch(9).texts.flatten(0, 1))
-    found = losses, norms, first, pieces_of(engine), {key: value.detach() for key, value in features.items()}
-    engine.close()
-    return found
-
-
-def outcome(start: Path, layout: Layout, world: int, precision: str, aligned: bool) -> Any:
-    """Losses, gradient norms, state after the first and the last step, features: all ranks agree, or this fails."""
-    ranks = run_ranks(train, world, str(start), layout, precision, aligned)
-    losses, norms, *_ = ranks[0]
-    for other in ranks[1:]:
-        assert other[0] == losses
-        assert other[1] == norms
-    spec = spec_from_config(CONFIG, "tiny")
-    features = ranks[0][4]
-    return losses, norms, joined(spec, [rank[2] for rank in ranks]), joined(spec, [rank[3] for rank in ranks]), features
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_start(tmp_path_factory.mktemp("start") / "start", CONFIG)
-
-
-_expected: dict[bool, Any] = {}
-
-
-def expected(start: Path, aligned: bool) -> Any:
-    """One process that sees the whole batch at once, itself compared with open_clip's model in test_engine.py."""
-    if aligned not in _expected:
-        _expected[aligned] = outcome(start, {"zero": 0}, 1, "fp32", aligned)
-    return _expected[aligned]
-
-
-def close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], limit: float) -> None:
-    """Relative L2 error, of what is not a thousandth of the whole; the rest is held to that scale."""
-    assert found.keys() == wanted.keys()
-    floor = 1e-3 * torch.stack([value.norm() for value in wanted.values()]).norm()
-    for name, value in wanted.items():
-        error = (found[name] - value).norm() / value.norm().clamp_min(floor)
-        assert error < limit, f"{name}: {error}"
-
-
-def of(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """One kind of state. A key's bias changes no attention: its gradient is rounding, which Adam makes a whole step."""
-    return {name: value for name, value in state.items() if name.startswith(f"{kind}/") and "k_proj.bias" not in name}
-
-
-def layout(engine: str, tensor: int = 1, pipeline: int = 1, virtual: int = 1, **options: Any) -> Layout:
-    options = {"zero": 1, **options}
-    return {"engine": engine, "tensor": tensor, "pipeline": pipeline, "virtual": virtual, **options}
-
-
-LAYOUTS = [
-    (layout("deepspeed", 2, zero=0), 2),
-    (layout("megatron"), 1),
-    (layout("megatron", zero=0, micro_batches=2), 2),
-    (layout("megatron", 2, 1, micro_batches=4, sequence=True), 4),
-    (layout("megatron", 1, 2), 2),
-    (layout("megatron", 2, 2, micro_batches=4), 4),
-    (layout("megatron", 1, 2, 2, micro_batches=4), 4),
+# One job runs its cases, all of one model, in turn: a process also goes from layout to layout, as a chain's links do.
+JOBS: list[tuple[int, list[Case]]] = [
+    (1, [Case(layout("megatron"), STEPS, aligned) for aligned in (False, True)]),
+    (
+        2,
+        [
+            Case(layout("deepspeed", 2, zero=0), STEPS, aligned=True),
+            Case(layout("megatron", zero=0, micro_batches=2), STEPS),
+            Case(layout("megatron", 1, 2), STEPS, aligned=True),
+        ],
+    ),
+    (
+        4,
+        [
+            Case(layout("deepspeed", 2, zero=1, sequence=True, micro_batches=2), STEPS, aligned=True),
+            Case(layout("megatron", 2, 1, micro_batches=4, sequence=True), STEPS, aligned=True),
+            Case(layout("megatron", 2, 2, zero=0, micro_batches=4, sequence=True), STEPS, aligned=True),
+            Case(layout("megatron", 1, 2, 2, micro_batches=4), STEPS, aligned=True),
+            Case(layout("megatron", 1, 4), STEPS),
+        ],
+    ),
+    (
+        2,
+        [
+            Case(layout("megatron", 2, sequence=True), STEPS, aligned=True, config=PLAIN),
+            Case(layout("megatron", 1, 2, zero=0, micro_batches=4), STEPS, config=PLAIN),
+            Case(layout("deepspeed", zero=3), STEPS, config=PLAIN),
+        ],
+    ),
 ]
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize(("parallel", "world"), LAYOUTS, ids=str)
-def test_every_layout_takes_the_steps_of_one_process(start: Path, parallel: Layout, world: int, aligned: bool) -> None:
-    losses, norms, first, last, features = outcome(start, parallel, world, "fp32", aligned)
-    wanted = expected(start, aligned)
-    assert losses == [pytest.approx(loss, abs=1e-4) for loss in wanted[0]]
-    assert norms == pytest.approx(wanted[1], rel=1e-4)
-    close(of(first, "exp_avg"), of(wanted[2], "exp_avg"), 1e-5)  # after one step: the gradient itself
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("start")
+    return {kind: write_start(folder / kind, config) for kind, config in (("clip", CONFIG), ("vit", PLAIN))}
+
+
+_expected: dict[str, dict[bool, Ran]] = {}
+
+
+def expected(starts: dict[str, Path], case: Case) -> Ran:
+    """One process that sees the whole batch at once, itself compared with open_clip's model in test_engine.py."""
+    if not _expected:
+        for kind, config in (("clip", CONFIG), ("vit", PLAIN)):
+            cases = [Case({"zero": 0}, STEPS, aligned, config=config) for aligned in (False, True)]
+            _expected[kind] = dict(zip((False, True), outcomes(starts[kind], cases, 1)))
+    return _expected[kind_of(case)][case.aligned]
+
+
+def kind_of(case: Case) -> str:
+    return "clip" if "text_cfg" in case.config else "vit"
+
+
+@pytest.mark.parametrize(("world", "cases"), JOBS, ids=["one rank", "two ranks", "four ranks", "plain ViT"])
+def test_every_layout_takes_the_steps_of_one_process(starts: dict[str, Path], world: int, cases: list[Case]) -> None:
+    for case, found in zip(cases, outcomes(starts[kind_of(cases[0])], cases, world), strict=True):
+        check(case, found, expected(starts, case))
+
+
+def check(case: Case, found: Ran, wanted: Ran) -> None:
+    name: Any = case.parallel
+    assert loss_distance(found, wanted) < 1e-4, name
+    assert found.norms == pytest.approx(wanted.norms, rel=1e-4), name
+    assert distance(gradient(found), gradient(wanted)) < 1e-5, name
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
-        close(of(last, kind), of(wanted[3], kind), 1e-3)
-    assert features.keys() == wanted[4].keys()
-    close(features, wanted[4], 1e-4)
+        assert distance(of(found.last, kind), of(wanted.last, kind)) < 1e-3, (name, kind)
+    assert found.count == STEPS, name
+    assert distance(found.features, wanted.features) < 1e-4, name
