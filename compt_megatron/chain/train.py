@@ -27,7 +27,7 @@ from compt_megatron.data.loader import TrainLoader
 from compt_megatron.data.source import ShardSource
 from compt_megatron.data.tokenizer import build_tokenizer
 from compt_megatron.data.transforms import train_transform
-from compt_megatron.engine.build import build_engine
+from compt_megatron.engine.build import engine_class
 from compt_megatron.engine.runtime import Runtime
 from compt_megatron.engine.topology import Topology
 from compt_megatron.engine.training_step import TrainingEngine
@@ -198,7 +198,7 @@ def train_member(
         loss=train_state.get("loss"),
         align_at_step0=train_state.get("align_at_step0", {}),
     )
-    engine = build_engine(
+    engine = engine_class(member.settings.parallel)(
         member.spec,
         member.settings,
         build_objective(member.settings.objective.name, **member.settings.objective.options()),

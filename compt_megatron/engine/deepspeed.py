@@ -9,25 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from compt_megatron.align.alignment import Alignment
 from compt_megatron.align.projection import Projections
-from compt_megatron.align.teacher import Teacher
 from compt_megatron.data.batch import Batch
 from compt_megatron.engine.cached_gradients import CachedGradients, forward_without_graph
 from compt_megatron.engine.optimizer import build_optimizer
 from compt_megatron.engine.run_checkpoint import RunCheckpoint
-from compt_megatron.engine.runtime import Runtime
 from compt_megatron.engine.student import Outputs, Student, decays, held_by, sum_sequence_gradients
 from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.engine.zero_config import deepspeed_config
 from compt_megatron.engine.zero_state import ZeroState
 from compt_megatron.models.build import build_model
 from compt_megatron.models.clip import MAX_LOG_SCALE
-from compt_megatron.models.megatron_cpu import use_cpu_in_training
 from compt_megatron.models.part import ModelPart
-from compt_megatron.objectives.base import Objective
-from compt_megatron.recipe.schema import Settings
-from compt_megatron.spec.table import ModelSpec
 
 
 class _ModelParallelUnit:
@@ -46,24 +39,10 @@ class _ModelParallelUnit:
 class DeepSpeedEngine(TrainingEngine):
     """One link's student under DeepSpeed. See `engine.contract.Engine` for what the methods promise."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        settings: Settings,
-        objective: Objective,
-        runtime: Runtime,
-        *,
-        total_steps: int,
-        teacher: Teacher | None = None,
-        alignment: Alignment | None = None,
-        projections: Projections | None = None,
-    ) -> None:
+    def _build(self, projections: Projections | None) -> None:
         import deepspeed
 
-        super().__init__(
-            spec, settings, objective, runtime, total_steps=total_steps, teacher=teacher, alignment=alignment
-        )
-        use_cpu_in_training()
+        spec, settings, runtime = self.spec, self.settings, self.runtime
         parallel = settings.parallel
         part = ModelPart.current(spec)
         model = build_model(
@@ -89,6 +68,9 @@ class DeepSpeedEngine(TrainingEngine):
             mpu=_ModelParallelUnit() if self.topology.tensor > 1 else None,
             dist_init_required=False,
         )
+        if self.topology.data == 1 and parallel.zero == 0 and settings.precision == "fp32":
+            # nothing to sum, yet it would copy all gradients into one buffer and back
+            self._engine.enable_backward_allreduce = False
         self._state = ZeroState(self._engine, self._optimizer)
         self._checkpoint = RunCheckpoint([*held.values()], part, self._state, self._dtype, runtime, self.topology)
 
@@ -154,7 +136,8 @@ class DeepSpeedEngine(TrainingEngine):
         if self.settings.parallel.zero == 0 and self.topology.tensor > 1:
             for param in self._student.parameters():
                 if param.grad is not None:
-                    param.grad.tensor_model_parallel = getattr(param, "tensor_model_parallel", False)  # type: ignore[attr-defined]
+                    split = getattr(param, "tensor_model_parallel", False)
+                    param.grad.tensor_model_parallel = split  # type: ignore[attr-defined]
 
     # -- features ----------------------------------------------------------------------------------------------------
 

@@ -13,24 +13,18 @@ from typing import Any
 
 import torch
 
-from compt_megatron.align.alignment import Alignment
 from compt_megatron.align.projection import Projections
-from compt_megatron.align.teacher import Teacher
 from compt_megatron.data.batch import Batch
 from compt_megatron.engine.cached_gradients import CachedGradients
 from compt_megatron.engine.megatron_optimizer import MegatronStep
 from compt_megatron.engine.megatron_state import MegatronState
 from compt_megatron.engine.run_checkpoint import Held, RunCheckpoint
-from compt_megatron.engine.runtime import Runtime
 from compt_megatron.engine.student import Outputs, Student, held_by, sum_sequence_gradients
 from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.models.build import build_model
 from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.megatron_cpu import use_cpu_in_training
 from compt_megatron.models.part import ModelPart
-from compt_megatron.objectives.base import Objective
-from compt_megatron.recipe.schema import Settings
-from compt_megatron.spec.table import ModelSpec
 
 _TOWERS = {"image": "vision", "text": "text"}  # feature -> the tower it comes from
 
@@ -38,21 +32,8 @@ _TOWERS = {"image": "vision", "text": "text"}  # feature -> the tower it comes f
 class MegatronEngine(TrainingEngine):
     """One link's student under megatron-core. See `engine.contract.Engine` for what the methods promise."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        settings: Settings,
-        objective: Objective,
-        runtime: Runtime,
-        *,
-        total_steps: int,
-        teacher: Teacher | None = None,
-        alignment: Alignment | None = None,
-        projections: Projections | None = None,
-    ) -> None:
-        super().__init__(
-            spec, settings, objective, runtime, total_steps=total_steps, teacher=teacher, alignment=alignment
-        )
+    def _build(self, projections: Projections | None) -> None:
+        spec, settings, runtime = self.spec, self.settings, self.runtime
         use_cpu_in_training()
         parallel, part = settings.parallel, ModelPart.current(spec)
         self._chunks: list[Student] = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compt_megatron.align.alignment import Alignment
+from compt_megatron.align.projection import Projections
 from compt_megatron.align.teacher import Teacher
 from compt_megatron.data.batch import Batch
 from compt_megatron.engine.cached_gradients import CachedGradients
@@ -43,7 +44,12 @@ class TrainingEngine(ABC):
         total_steps: int,
         teacher: Teacher | None = None,
         alignment: Alignment | None = None,
+        projections: Projections | None = None,
     ) -> None:
+        """The student of one link, without weights (`load`), in the layout of `settings.parallel`. Collective.
+
+        The teacher must have been made for the same layout's process groups.
+        """
         self.spec, self.settings, self.objective, self.runtime = spec, settings, objective, runtime
         self.total_steps, self.teacher, self.alignment = total_steps, teacher, alignment
         self.topology = Topology.start(settings.parallel)
@@ -53,8 +59,13 @@ class TrainingEngine(ABC):
         self._dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.optimizer_name = ""  # which code makes the optimizer's steps, for people
         self._checkpoint: RunCheckpoint
+        self._build(projections)
 
     # -- what an engine has of its own -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _build(self, projections: Projections | None) -> None:
+        """Make the model, the optimizer and the run checkpoint."""
 
     @abstractmethod
     def _forward(self, batch: Batch) -> Outputs:

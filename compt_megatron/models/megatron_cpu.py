@@ -112,6 +112,9 @@ class _CudaOnCpu(types.ModuleType):
     def current_device(self) -> torch.device:
         return torch.device("cpu")
 
+    def current_stream(self) -> None:
+        pass  # megatron-core >= 0.18 lets it wait for the events of CUDA graphs, if there are any
+
     def synchronize(self, *_: Any, **__: Any) -> None:
         pass
 

@@ -58,7 +58,7 @@ def engine_of(
     from compt_megatron.align.alignment import Alignment
     from compt_megatron.align.projection import Projections
     from compt_megatron.align.teacher import Teacher
-    from compt_megatron.engine.build import build_engine
+    from compt_megatron.engine.build import engine_class
     from compt_megatron.engine.topology import Topology
     from compt_megatron.objectives.registry import build_objective
     from compt_megatron.recipe.load import recipe_from
@@ -82,7 +82,7 @@ def engine_of(
         alignment = Alignment(weight=0.7)
         projections = Projections.between(spec, teacher_spec, seed=0)
     objective = build_objective("clip" if "text_cfg" in config else "classify")
-    return build_engine(
+    return engine_class(settings.parallel)(
         spec, settings, objective, runtime, total_steps=100,
         teacher=teacher, alignment=alignment, projections=projections,
     )  # fmt: skip
