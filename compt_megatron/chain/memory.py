@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
+from compt_megatron.chain.workload import ParameterCounts, Workload, data_ranks, is_cached, micro_batch_rows
 from compt_megatron.recipe.sections import ParallelSettings
 from compt_megatron.spec.table import ModelSpec, Tower
 
@@ -83,15 +83,19 @@ def bucket_bytes(workload: Workload, layout: ParallelSettings) -> int:
 
 
 def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> float:
-    """The frozen model, whole on every rank, and the widest tensors of a block's forward pass without a graph."""
+    """The frozen model, whole on every rank or split over `align.tensor` of them, and the widest tensors of a block's
+    forward pass without a graph, of the rows that a rank (or those that split it, together) runs."""
     if workload.teacher is None:
         return 0.0
-    rows = micro_batch_rows(workload, layout, world) / (layout.tensor * layout.pipeline)
+    split = workload.teacher_ranks
+    rows = micro_batch_rows(workload, layout, world) / (layout.tensor * layout.pipeline) * split
     block = max(
-        workload.sequences(tower, rows) * tower.tokens * (2 * tower.width + 2 * tower.mlp)
+        workload.sequences(tower, rows) * tower.tokens * (2 * tower.width + 2 * tower.mlp / split)
         for tower in workload.teacher.towers.values()
     )
-    return (workload.teacher.numel + block) * workload.element
+    counts = ParameterCounts.of(workload.teacher)
+    own = counts.on_rank(ParallelSettings(tensor=split), 0)
+    return (own + block) * workload.element
 
 
 # -- activations -----------------------------------------------------------------------------------------------------

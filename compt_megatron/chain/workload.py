@@ -57,7 +57,8 @@ def _stage(param: Param) -> str:
 class Workload:
     """One training step of a model: `batch` samples over all ranks, each an image and `captions` texts.
 
-    `teacher` is the frozen predecessor (None: not aligned), which runs in a `teacher_share` of the steps.
+    `teacher` is the frozen predecessor (None: not aligned), which runs in a `teacher_share` of the steps and which
+    `teacher_ranks` ranks split between them.
     """
 
     spec: ModelSpec
@@ -66,6 +67,7 @@ class Workload:
     captions: int
     precision: Precision
     teacher_share: float = 1.0
+    teacher_ranks: int = 1
 
     @classmethod
     def of(cls, member: Member, teacher: ModelSpec | None) -> Workload:

@@ -30,7 +30,8 @@ _INTRO = """# Recipes
 <!-- written by `python -m compt_megatron.recipe.document`: change compt_megatron/recipe, not this page -->
 
 A recipe is one YAML file that says everything about a chain run. `compt train RECIPE` takes the path of one, or the
-name of a packaged one (`emoji`, `cc3m`, `cc3m-seven`, `merged15m`). This is the packaged demo, shortened:
+name of a packaged one (`emoji`, `cc3m`, `cc3m-seven`, `merged15m`,
+`vit-h`, `vit-g`, `vit-bigg`, `vit-e`, `vit-22b`). This is the packaged demo, shortened:
 
 ```yaml
 name: emoji-clip
