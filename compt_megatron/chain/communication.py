@@ -11,13 +11,18 @@ parameters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
 from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.spec.megatron_names import megatron_place
 
 _FP32 = 4
+# DeepSpeed's defaults: elements of a weight that its stage 3 never lets go within a step (stage3_param_persistence_
+# threshold), and of weights between two uses of one that it keeps meanwhile (stage3_max_reuse_distance)
+_PERSISTENT, _REUSED = 100_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,10 @@ def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterato
     in the forward pass and the gradient of their input in the backward pass: 2 A each, L/p blocks, m micro-batches.
 
     Sequence parallel sends the same as all-gather + reduce-scatter, and gathers the inputs of both once more for the
-    gradient of the weights. The vocabulary-parallel embedding all-reduces its output in every forward pass, and norms
-    and the biases behind row-parallel products all-reduce their gradients once under sequence parallelism.
+    gradient of the weights. It gathers the tokens behind the last block in every forward pass, and the gradient before
+    the first in the backward pass. The vocabulary-parallel embedding all-reduces its output in every forward pass. Each
+    norm and each bias behind a row-parallel product all-reduces its gradient after every micro-batch under sequence
+    parallelism.
     """
     size, m = layout.tensor, layout.micro_batches
     if size == 1:
@@ -84,23 +91,28 @@ def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterato
             calls, again = 2 * calls, 2 * blocks * m
             sent, calls = sent + again * ring(size) * whole, calls + again
         yield Traffic(f"{name} blocks", "tensor", sent, calls, size, 1)
+        ends = m * (1 + is_cached(layout))
         if name == "text":
-            embeddings = m * (1 + is_cached(layout))
-            sent = embeddings * ring(size) * whole * (1 if layout.sequence else 2)
-            yield Traffic("text embedding", "tensor", sent, embeddings, size, 1)
+            yield Traffic("text embedding", "tensor", ends * 2 * ring(size) * whole, ends, size, 1)
+        if layout.sequence:
+            ends += m if layout.pipeline == 1 else 0  # otherwise the first and the last block are on different ranks
+            yield Traffic(f"{name} ends", "tensor", ends * ring(size) * whole, ends, size, 1)
     if layout.sequence:
-        sent = 2 * ring(size) * workload.counts.whole_on_rank(layout) * _FP32
-        yield Traffic("gradients of norms", "tensor", sent, 1, size, 1)
+        sent = m * 2 * ring(size) * workload.counts.whole_on_rank(layout) * workload.element
+        calls = m * sum(param.layer is not None and param.tensor_dim is None for param in workload.spec.params.values())
+        yield Traffic("gradients of norms", "tensor", sent, calls / layout.pipeline, size, 1)
 
 
 def _pipeline(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
-    """Pipeline: each chunk of layers sends A onward in every forward pass and its gradient back: v m times each. Under
-    sequence parallelism a rank sends its tokens only, A/t."""
+    """Pipeline: each chunk of layers sends A onward in every forward pass and its gradient back: v m times each. Of two
+    stages none is in the middle: the first has a chunk whose gradient ends with it. Under sequence parallelism a rank
+    sends its tokens only, A/t."""
     if layout.pipeline == 1:
         return
     for name in workload.spec.towers:
         whole = stream_bytes(workload, layout, world, name) / (layout.tensor if layout.sequence else 1)
         calls = layout.virtual * layout.micro_batches * (1 + is_cached(layout) + 1)
+        calls -= layout.micro_batches if layout.pipeline == 2 else 0
         stride = layout.tensor * data_ranks(layout, world)  # pipeline stages are the outermost ranks
         yield Traffic(f"{name} stages", "pipeline", calls * whole, calls, layout.pipeline, stride)
 
@@ -110,9 +122,8 @@ def _parameters(workload: Workload, layout: ParallelSettings, world: int) -> Ite
     megatron, which reduces in fp32, e under DeepSpeed.
 
     Stage 0: all-reduce of P g. Stage 1: reduce-scatter of P g and all-gather of P e. DeepSpeed's stages 1 and 2
-    all-reduce their buckets and keep a part, stage 2 after every micro-batch. Stage 3: weights are gathered for every
-    forward pass of every micro-batch and for its backward pass (full recomputation needs no gathering of its own),
-    gradients are reduce-scattered after every micro-batch. Calls are counted as one for each block.
+    all-reduce their buckets and keep a part, stage 2 after every micro-batch. Stage 3: see `_gathered`; gradients are
+    reduce-scattered after every micro-batch. Calls are counted as one for each block.
     """
     ranks, m = data_ranks(layout, world), layout.micro_batches
     if ranks == 1:
@@ -126,8 +137,25 @@ def _parameters(workload: Workload, layout: ParallelSettings, world: int) -> Ite
     sent = reductions * both_ways * gradients
     yield Traffic("gradients", "data", sent, reductions * calls, ranks, layout.tensor)
     if layout.zero:
-        gathers = m * (2 + is_cached(layout)) if layout.zero == 3 else 1
+        gathers = _gathered(workload, layout) if layout.zero == 3 else 1
         yield Traffic("weights", "data", gathers * weights, gathers * calls, ranks, layout.tensor)
+
+
+def _gathered(workload: Workload, layout: ParallelSettings) -> float:
+    """How often DeepSpeed's stage 3 gathers a weight in a step, the mean over all.
+
+    Weights of at most 100,000 elements once, and kept. With cached gradients the others for every forward pass of every
+    micro-batch and for its backward pass (full recomputation needs no gathering of its own). Otherwise the forward pass
+    leaves those that the backward pass needs within a thousand million elements of weights, and gathers the rest again.
+    """
+    sizes: Counter[str] = Counter()  # of modules: queries, keys and values are one weight
+    for name, param in workload.spec.params.items():
+        split = layout.tensor if param.tensor_dim is not None else 1
+        sizes[megatron_place(workload.spec, name).module] += param.numel // split
+    whole, kept = sum(sizes.values()), sum(size for size in sizes.values() if size <= _PERSISTENT)
+    if is_cached(layout):
+        return (kept + (whole - kept) * layout.micro_batches * (2 + is_cached(layout))) / whole
+    return 1 + (whole - kept) / whole * max(0.0, 1 - _REUSED / (2 * whole))
 
 
 def _features(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
