@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from compt_megatron.chain.workload import ParameterCounts, Workload, data_ranks, is_cached, micro_batch_rows
+from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
 from compt_megatron.recipe.sections import ParallelSettings
 from compt_megatron.spec.table import ModelSpec, Tower
 
@@ -85,7 +85,7 @@ def bucket_bytes(workload: Workload, layout: ParallelSettings) -> int:
 def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> float:
     """The frozen model, whole on every rank or split over `align.tensor` of them, and the widest tensors of a block's
     forward pass without a graph, of the rows that a rank (or those that split it, together) runs."""
-    if workload.teacher is None:
+    if workload.teacher is None or workload.teacher_counts is None:
         return 0.0
     split = workload.teacher_ranks
     rows = micro_batch_rows(workload, layout, world) / (layout.tensor * layout.pipeline) * split
@@ -93,8 +93,7 @@ def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> float:
         workload.sequences(tower, rows) * tower.tokens * (2 * tower.width + 2 * tower.mlp / split)
         for tower in workload.teacher.towers.values()
     )
-    counts = ParameterCounts.of(workload.teacher)
-    own = counts.on_rank(ParallelSettings(tensor=split), 0)
+    own = workload.teacher_counts.on_rank(ParallelSettings(tensor=split), 0)
     return (own + block) * workload.element
 
 

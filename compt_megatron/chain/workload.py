@@ -86,6 +86,10 @@ class Workload:
         return ParameterCounts.of(self.spec)
 
     @cached_property
+    def teacher_counts(self) -> ParameterCounts | None:
+        return None if self.teacher is None else ParameterCounts.of(self.teacher)
+
+    @cached_property
     def macs(self) -> dict[str, int]:
         """MACs of one sample's forward pass, by tower."""
         return {
