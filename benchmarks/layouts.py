@@ -49,8 +49,8 @@ ERRORS = ("loss_error", "gradient_error", "norm_error")
 
 
 def model_config(model: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    """Four heads and four layers a tower; eight layers where the stages have eight chunks of them."""
-    layers = max(4, parallel["pipeline"] * parallel["virtual"])
+    """Four heads a tower, and a layer for each chunk of a stage; two where there are fewer."""
+    layers = max(2, parallel["pipeline"] * parallel["virtual"])
     towers = {name: {**CONFIG[name], "layers": layers} for name in ("vision_cfg", "text_cfg")}
     config = {**CONFIG, **towers}
     return config if model == "clip" else {key: value for key, value in config.items() if key != "text_cfg"}
@@ -79,6 +79,7 @@ def row(model: str, case: Case, ran: Ran, wanted: Ran) -> dict[str, Any]:
         "teacher": case.aligned,
         **parallel,
         "data": data,
+        "layers": case.config["vision_cfg"]["layers"],
         "loss_error": losses,
         "gradient_error": gradients,
         "norm_error": max(abs(a - b) / b for a, b in zip(ran.norms, wanted.norms, strict=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -19,6 +20,11 @@ from compt_megatron.engine.topology import Topology
 from compt_megatron.models.megatron_cpu import cuda_types_on_cpu
 from compt_megatron.recipe.schema import Settings
 from compt_megatron.spec.table import ModelSpec
+
+# megatron-core >= 0.18 says that it lays out the distributed optimizer's buffers itself, as it always did
+logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
+    lambda record: "full_param_layout not provided" not in record.getMessage()
+)
 
 
 class MegatronStep:
