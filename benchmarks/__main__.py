@@ -20,6 +20,7 @@ BENCHMARKS = {
     "memory_model": "the planner's memory against measured towers and DeepSpeed runs; 3 min",
     "communication": "what a step of each layout sends, counted, against the planner's formulas; 5 min",
     "train_step": "a training step of both engines against a bare loop and open_clip's trainer; 15 min",
+    "layouts": "losses and gradients of every layout of four processes against one process; an hour",
     "grow": "throughput and memory of grow and convert beside cp and two peers, a source of 1 GB; 5 min",
     "chain_vs_alone": "the demo's chain against its last model alone, three seeds; an hour",
 }

@@ -21,6 +21,7 @@ CONFIG: dict[str, Any] = {
     "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 4, "layers": 4},
 }
 PLAIN: dict[str, Any] = {key: value for key, value in CONFIG.items() if key != "text_cfg"}
+LINEAR = torch.nn.functional.linear
 Layout = dict[str, Any]
 State = dict[str, torch.Tensor]
 
@@ -69,6 +70,7 @@ def _train_one(runtime: Any, start: Path, case: Case) -> Ran:
     from time import perf_counter
 
     engine = engine_of(runtime, case.parallel, case.precision, case.aligned, case.config, **case.optimizer)
+    assert torch.nn.functional.linear is LINEAR, "ZeRO 3 has replaced torch's linear for the whole process"
     engine.load(start)
     place, began = engine.topology, perf_counter()
     losses, norms, first = [], [], []
