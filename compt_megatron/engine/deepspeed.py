@@ -20,6 +20,7 @@ from compt_megatron.engine.zero_config import deepspeed_config
 from compt_megatron.engine.zero_state import ZeroState
 from compt_megatron.models.build import build_model
 from compt_megatron.models.clip import MAX_LOG_SCALE
+from compt_megatron.models.megatron_cpu import use_cpu_in_training
 from compt_megatron.models.part import ModelPart
 
 
@@ -43,6 +44,7 @@ class DeepSpeedEngine(TrainingEngine):
         import deepspeed
 
         spec, settings, runtime = self.spec, self.settings, self.runtime
+        use_cpu_in_training()
         parallel = settings.parallel
         part = ModelPart.current(spec)
         model = build_model(

@@ -15,6 +15,7 @@ from tests.distributed.spawn import run_ranks
 # matrices of more than 100,000 parameters, which DeepSpeed's stage 3 does not keep gathered
 WIDE: dict[str, Any] = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "width": 256, "layers": 2, "head_width": 64}}
 CASES = [
+    Counted(2, layout("deepspeed", tensor=2, sequence=True), "bf16"),  # first: nothing has prepared megatron-core yet
     Counted(2, layout("deepspeed", zero=0)),
     Counted(2, layout("deepspeed", zero=1, micro_batches=2), "bf16"),
     Counted(2, layout("deepspeed", zero=2, micro_batches=2)),
