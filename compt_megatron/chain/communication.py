@@ -11,13 +11,11 @@ parameters.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
 from compt_megatron.recipe.sections import ParallelSettings
-from compt_megatron.spec.megatron_names import megatron_place
 
 _FP32 = 4
 # DeepSpeed's defaults: elements of a weight that its stage 3 never lets go within a step (stage3_param_persistence_
@@ -148,11 +146,8 @@ def _gathered(workload: Workload, layout: ParallelSettings) -> float:
     micro-batch and for its backward pass (full recomputation needs no gathering of its own). Otherwise the forward pass
     leaves those that the backward pass needs within a thousand million elements of weights, and gathers the rest again.
     """
-    sizes: Counter[str] = Counter()  # of modules: queries, keys and values are one weight
-    for name, param in workload.spec.params.items():
-        split = layout.tensor if param.tensor_dim is not None else 1
-        sizes[megatron_place(workload.spec, name).module] += param.numel // split
-    whole, kept = sum(sizes.values()), sum(size for size in sizes.values() if size <= _PERSISTENT)
+    sizes = [split // layout.tensor + unsplit for split, unsplit in workload.module_sizes]
+    whole, kept = sum(sizes), sum(size for size in sizes if size <= _PERSISTENT)
     if is_cached(layout):
         return (kept + (whole - kept) * layout.micro_batches * (2 + is_cached(layout))) / whole
     return 1 + (whole - kept) / whole * max(0.0, 1 - _REUSED / (2 * whole))

@@ -9,6 +9,7 @@ from functools import cached_property
 from compt_megatron.chain.member import Member
 from compt_megatron.recipe.sections import ParallelSettings, Precision
 from compt_megatron.spec.cost import forward_macs
+from compt_megatron.spec.megatron_names import megatron_place
 from compt_megatron.spec.table import ModelSpec, Param, Tower
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
@@ -84,6 +85,17 @@ class Workload:
     @cached_property
     def counts(self) -> ParameterCounts:
         return ParameterCounts.of(self.spec)
+
+    @cached_property
+    def module_sizes(self) -> list[tuple[int, int]]:
+        """Parameters of each weight as modules hold them (queries, keys and values are one): those that tensor
+        parallelism splits, and those that it does not."""
+        sizes: dict[str, tuple[int, int]] = {}
+        for name, param in self.spec.params.items():
+            module = megatron_place(self.spec, name).module
+            split, whole = sizes.get(module, (0, 0))
+            sizes[module] = (split, whole + param.numel) if param.tensor_dim is None else (split + param.numel, whole)
+        return list(sizes.values())
 
     @cached_property
     def teacher_counts(self) -> ParameterCounts | None:
