@@ -1,7 +1,7 @@
 """The grow tool's memory and throughput, beside cp + sync of the same bytes, the generator alone, and two peers.
 
-    python benchmarks/grow.py                                  # a source of 1 GB, three rounds
-    python benchmarks/grow.py --gb 4 --workers 1 2             # with one worker and with two
+    python benchmarks/grow.py                                  # a source of 4 GB, three rounds
+    python benchmarks/grow.py --gb 1 --workers 1 2             # with one worker and with two
     python benchmarks/grow.py --gb 20 --tasks "convert hf"     # needs three times that on the disk
 
 Makes a random Llama-shaped bf16 checkpoint and runs `compt convert` and `compt grow` on it, from the start of the
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -300,7 +301,7 @@ def line(name: str, workers: int, found: dict[str, Any], generator: float | None
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gb", type=float, default=1.0, help="size of the source (default: 1)")
+    parser.add_argument("--gb", type=float, default=4.0, help="size of the source (default: 4)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1])
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="some of the tasks, by name")
@@ -335,6 +336,17 @@ def main() -> int:
         return report(options, made, runs, {name: rows[1:] for name, rows in peers.items()}, alone)
 
 
+def _command(options: argparse.Namespace) -> str:
+    """What to give again; where things lie is another matter on another machine."""
+    words = ["python benchmarks/grow.py", f"--gb {options.gb:g} --rounds {options.rounds} --workers"]
+    words += map(str, options.workers)
+    if options.tasks:
+        words += ["--tasks", *(shlex.quote(task) for task in options.tasks)]
+    if options.peers != sys.executable:
+        words.append("--peers PYTHON")
+    return " ".join([*words, *(["--hypercloning FOLDER"] if options.hypercloning else [])])
+
+
 def report(
     options: argparse.Namespace,
     made: dict[str, dict[str, Any]],
@@ -345,7 +357,7 @@ def report(
     """Print the table, write the results; 1 if a promise is broken."""
     generator = median(seconds for seconds, _ in alone) if alone else None
     result: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/grow.py", *sys.argv[1:]]),
+        "command": _command(options),
         "machine": {"cpus": os.cpu_count(), "torch": torch.__version__},
         "gb": options.gb,
         "config": made["source"],

@@ -120,6 +120,7 @@ def other_section(results: Path) -> str:
         *parity_rows(_load(results, "open_clip_parity")),
         *exactness_rows(_load(results, "growth_exactness")),
         *grow_rows(_load(results, "grow")),
+        *(grow_rows(peers) if (peers := _load(results, "grow_peers")) else []),
         *modelled_rows(),
         ("accuracy of the CC3M and Merged-15M chains", "-", NOT_YET, "`compt train cc3m`"),
         ("throughput on GPUs, scaling over nodes", "-", NOT_YET, "-"),
@@ -168,15 +169,15 @@ def exactness_rows(result: dict[str, Any] | None) -> list[Row]:
 
 
 def grow_rows(result: dict[str, Any] | None) -> list[Row]:
-    """Throughput and memory of the grow tool, from grow.json. A task's ratio is against the slower of cp + sync and,
-    where entries are new, the generator alone."""
+    """Throughput and memory of the grow tool, from grow.json (beside the peers: grow_peers.json). A task's ratio is
+    against the slower of cp + sync and, where entries are new, the generator alone."""
     if not result:
         what = "throughput of `grow` and `convert` beside `cp` + `sync`, memory of a worker"
         return [(what, "-", NOT_YET, "`python benchmarks/grow.py`")]
     known, command = f"measured ({machine(result.get('machine'))})", f"`{result['command']}`"
     rows = []
     for name, found in result["tasks"].items():
-        beside = "the generator alone" if name.startswith("exact") else "`cp` + `sync`"
+        beside = "the slower of `cp` + `sync` and the generator alone" if name.startswith("exact") else "`cp` + `sync`"
         value = f"{found['MB_per_second']} MB/s, {found['ratio']:.2f} of {beside}; {found['peak_MiB']} MiB"
         rows.append((f"{name}, {found['bytes'] / 1e9:.1f} GB", value, known, command))
     for name, found in result["peers"].items():
