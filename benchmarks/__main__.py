@@ -18,10 +18,11 @@ BENCHMARKS = {
     "open_clip_parity": "features against open_clip's, every packaged config of the paper's size; 2 min",
     "growth_exactness": "features of grown models against their source's, the paper's chains; 3 min",
     "memory_model": "the planner's memory against measured towers and DeepSpeed runs; 3 min",
+    "giant_layouts": "layouts, memory and predicted time of the giant ViTs on 8 to 512 GPUs; 10 s",
     "communication": "what a step of each layout sends, counted, against the planner's formulas; 5 min",
     "train_step": "a training step of both engines against a bare loop and open_clip's trainer; 15 min",
     "layouts": "losses and gradients of every layout of four processes against one process; an hour",
-    "grow": "throughput and memory of grow and convert beside cp and two peers, a source of 1 GB; 5 min",
+    "grow": "throughput and memory of grow and convert beside cp and two peers, a source of 4 GB; 10 min",
     "chain_vs_alone": "the demo's chain against its last model alone, three seeds; an hour",
 }
 
