@@ -120,6 +120,7 @@ def other_section(results: Path) -> str:
         *parity_rows(_load(results, "open_clip_parity")),
         *exactness_rows(_load(results, "growth_exactness")),
         *grow_rows(_load(results, "grow")),
+        *(grow_rows(large) if (large := _load(results, "grow_20gb")) else []),
         *(grow_rows(peers) if (peers := _load(results, "grow_peers")) else []),
         *modelled_rows(),
         ("accuracy of the CC3M and Merged-15M chains", "-", NOT_YET, "`compt train cc3m`"),
