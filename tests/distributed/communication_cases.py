@@ -101,7 +101,7 @@ def padding(case: Counted, spec: ModelSpec, layout: ParallelSettings, part: Traf
         whole = sum(_up(size, ranks) for size in sizes.values())
         if part.purpose == "weights":  # what does not divide is small, and gathered once
             return (whole - total) * BYTES[case.precision] * ring(ranks)
-    elif part.purpose == "gradients" and case.precision == "fp32":
+    elif part.purpose == "gradients" and (case.precision, layout.zero) != ("bf16", 1):
         whole = total
     else:  # each parameter group is cut evenly, at multiples of two
         groups = {True: 0, False: 0}
