@@ -93,7 +93,10 @@ def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterato
         if name == "text":
             yield Traffic("text embedding", "tensor", ends * 2 * ring(size) * whole, ends, size, 1)
         if layout.sequence:
-            ends += m if layout.pipeline == 1 else 0  # otherwise the first and the last block are on different ranks
+            if layout.pipeline == 1:
+                ends += m
+            elif "text" in workload.spec.towers:
+                ends = m  # of the two ends, the first stage's, which has the embedding too
             yield Traffic(f"{name} ends", "tensor", ends * ring(size) * whole, ends, size, 1)
     if layout.sequence:
         sent = m * 2 * ring(size) * workload.counts.whole_on_rank(layout) * workload.element

@@ -93,10 +93,14 @@ def padding(case: Counted, spec: ModelSpec, layout: ParallelSettings, part: Traf
         return 0.0
     ranks = data_ranks(layout, case.world)
     own = ModelPart(spec, layout.tensor, 0, layout.pipeline, 0, layout.virtual)
-    sizes = {name: _numel(own.shape(names[0])) * len(names) for name, names in own.names().items()}
-    total = sum(sizes.values())
-    if layout.engine == "megatron":  # each parameter begins at a multiple of 64, the buffer ends at one of 128
-        whole = _up(sum(_up(size, 64) for size in sizes.values()), lcm(ranks, 128))
+    chunks = [
+        {names[0]: _numel(own.shape(names[0])) * len(names) for names in own.names(chunk).values()}
+        for chunk in range(layout.virtual)
+    ]
+    sizes = chunks[0]  # all there is, but for a virtual pipeline
+    total = sum(sum(chunk.values()) for chunk in chunks)
+    if layout.engine == "megatron":  # each parameter begins at a multiple of 64, each chunk's buffer ends at one of 128
+        whole = sum(_up(sum(_up(size, 64) for size in chunk.values()), lcm(ranks, 128)) for chunk in chunks)
     elif layout.zero == 3:  # each is cut evenly
         whole = sum(_up(size, ranks) for size in sizes.values())
         if part.purpose == "weights":  # what does not divide is small, and gathered once
@@ -105,8 +109,8 @@ def padding(case: Counted, spec: ModelSpec, layout: ParallelSettings, part: Traf
         whole = total
     else:  # each parameter group is cut evenly, at multiples of two
         groups = {True: 0, False: 0}
-        for name, names in own.names().items():
-            groups[spec.params[names[0]].decays] += sizes[name]
+        for name, size in sizes.items():
+            groups[spec.params[name].decays] += size
         whole = sum(_up(size, 2 * ranks) for size in groups.values())
     return part.bytes * (whole / total - 1)
 

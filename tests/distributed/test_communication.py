@@ -28,7 +28,8 @@ CASES = [
     Counted(2, layout("megatron", tensor=2, sequence=True, micro_batches=2)),
     Counted(2, layout("megatron", pipeline=2, virtual=2, micro_batches=4), aligned=True),
     Counted(4, layout("megatron", pipeline=4, micro_batches=4)),
-    Counted(4, layout("megatron", tensor=2, pipeline=2)),
+    Counted(4, layout("megatron", tensor=2, pipeline=2, sequence=True)),
+    Counted(4, layout("megatron", pipeline=2, virtual=2, micro_batches=4)),
 ]
 
 
