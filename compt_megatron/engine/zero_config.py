@@ -31,7 +31,7 @@ def deepspeed_config(
     if precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if parallel.zero:
-            # Gradients are summed over micro-batches and ranks in fp32; stage 0 can only do it in the model's dtype.
+            # Gradients are summed over micro-batches in fp32 (over ranks in bf16); stage 0 does both in bf16.
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
