@@ -47,9 +47,9 @@ class Member:
             "precision": settings.precision,
             "objective": settings.objective.model_dump(),
             "data": data,
-            "optimizer": settings.optimizer.model_dump(),
+            "optimizer": settings.optimizer.model_dump(exclude={"implementation"}),
             "grow": self.grow.model_dump() if self.grow else None,
-            "align": self.align.model_dump() if self.align else None,
+            "align": self.align.model_dump(exclude={"tensor"}) if self.align else None,
             "length": [self.init, self.train, self.epochs, self.steps, self.compute],
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

@@ -35,6 +35,7 @@ class Memory:
 
 def estimate(workload: Workload, layout: ParallelSettings, world: int) -> Memory:
     """The estimate for the rank that needs most, one of the first or of the last pipeline stage."""
+    layout = layout.as_run(data_ranks(layout, world), workload.precision)
     stages = {0, layout.pipeline - 1}
     return max((_stage(workload, layout, world, stage) for stage in stages), key=lambda memory: memory.total)
 

@@ -302,7 +302,9 @@ def _layout_line(member: Member, topology: Topology) -> str:
         "data": topology.data,
     }
     split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
-    return f"engine {parallel.engine}, {split}, ZeRO {parallel.zero}"
+    run = parallel.as_run(topology.data, member.settings.precision).zero
+    alone = f" (run as {run}: one data-parallel rank)" if run != parallel.zero else ""
+    return f"engine {parallel.engine}, {split}, ZeRO {parallel.zero}{alone}"
 
 
 class _Clock:

@@ -45,7 +45,7 @@ class DeepSpeedEngine(TrainingEngine):
 
         spec, settings, runtime = self.spec, self.settings, self.runtime
         use_cpu_in_training()
-        parallel = settings.parallel
+        parallel = self.parallel
         part = ModelPart.current(spec)
         model = build_model(
             spec, dtype=self._dtype, recompute=parallel.recompute, sequence=parallel.sequence, part=part
@@ -120,7 +120,7 @@ class DeepSpeedEngine(TrainingEngine):
 
     def _own_gradient_norm(self) -> float | None:
         """The global gradient norm where DeepSpeed has no check of its own (stage 0 in fp32), else None."""
-        if self.settings.parallel.zero or self.settings.precision != "fp32":
+        if self.parallel.zero or self.settings.precision != "fp32":
             return None
         kinds: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # split over tensor-parallel ranks, or alike
         for param in self._student.parameters():
@@ -135,7 +135,7 @@ class DeepSpeedEngine(TrainingEngine):
     def _mark_gradients(self) -> None:
         """Say of each gradient, too, whether tensor-parallel ranks have different parts: in bf16 at stage 0 DeepSpeed's
         norm asks the gradients for megatron's mark, and would leave out the parts of all ranks but the first."""
-        if self.settings.parallel.zero == 0 and self.topology.tensor > 1:
+        if self.parallel.zero == 0 and self.topology.tensor > 1:
             for param in self._student.parameters():
                 if param.grad is not None:
                     split = getattr(param, "tensor_model_parallel", False)

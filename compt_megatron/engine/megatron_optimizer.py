@@ -30,15 +30,16 @@ logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilt
 class MegatronStep:
     """One optimizer step over all chunks of a rank's part of the model.
 
-    Gradients are summed in fp32 over micro-batches, and averaged over the data-parallel ranks. `zero: 1` is the
-    distributed optimizer: each of those ranks has a piece of masters and moments. `base`: the torch optimizer that
-    does the arithmetic; `wrapped`: megatron-core's around it.
+    Gradients are summed in fp32 over micro-batches, and averaged over the data-parallel ranks. `sharded`: by the
+    distributed optimizer, where each of those ranks has a piece of masters and moments. `base`: the torch optimizer
+    that does the arithmetic; `wrapped`: megatron-core's around it.
     """
 
     def __init__(
-        self, chunks: list[Student], held: dict[str, Held], spec: ModelSpec, settings: Settings, topology: Topology
-    ) -> None:
-        sharded, bf16 = settings.parallel.zero == 1, settings.precision == "bf16"
+        self, chunks: list[Student], held: dict[str, Held], spec: ModelSpec, settings: Settings, topology: Topology,
+        sharded: bool,
+    ) -> None:  # fmt: skip
+        bf16 = settings.precision == "bf16"
         config = chunks[0].model.vision.config
         buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
         self._buffers = [DistributedDataParallel(config, buffers, chunk, disable_bucketing=True) for chunk in chunks]

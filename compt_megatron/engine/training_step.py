@@ -53,6 +53,7 @@ class TrainingEngine(ABC):
         self.spec, self.settings, self.objective, self.runtime = spec, settings, objective, runtime
         self.total_steps, self.teacher, self.alignment = total_steps, teacher, alignment
         self.topology = Topology.start(settings.parallel)
+        self.parallel = settings.parallel.as_run(self.topology.data, settings.precision)
         self.global_step = 0
         self._skipped_in_a_row = 0
         self._part_names: dict[bool, list[str]] = {}

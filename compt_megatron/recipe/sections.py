@@ -228,6 +228,14 @@ class ParallelSettings(Section):
             raise ValueError("'offload_path' needs zero: 3; use that, or remove it to offload to CPU memory")
         return self
 
+    def as_run(self, data_ranks: int, precision: str) -> ParallelSettings:
+        """With the ZeRO stage that is run: one data-parallel rank has nothing to share out, so that the stages that
+        cut optimizer and gradients would only copy them. DeepSpeed in bf16 keeps its stage, which sums in fp32."""
+        idle = data_ranks == 1 and self.zero in (1, 2) and self.offload == "none"
+        if not idle or (self.engine == "deepspeed" and precision != "fp32"):
+            return self
+        return self.model_copy(update={"zero": 0})
+
 
 class EvaluateSettings(Section):
     """Evaluation during and after a link."""
