@@ -207,6 +207,7 @@ def train_member(
         teacher=teacher,
         alignment=alignment,
         projections=projections,
+        factors=_factors(member, entry),
     )
     try:
         grown = member.grow is not None and member.grow.moments == "grow"
@@ -218,6 +219,14 @@ def train_member(
         loader.close()
         engine.close()
     return progress
+
+
+def _factors(member: Member, entry: Entry) -> dict[str, tuple[float, float]]:
+    """Factors on learning rate and weight decay, by tensor, if the recipe wants those of the link's growth."""
+    if member.grow is None or member.grow.rates == "alike":
+        return {}
+    rates = (entry.certificate or {}).get("rates") or {}
+    return {name: (rate, decay) for name, (rate, decay) in rates.items()}
 
 
 def _loop(

@@ -14,7 +14,7 @@ from compt_megatron.data.batch import Batch
 from compt_megatron.engine.cached_gradients import CachedGradients, forward_without_graph
 from compt_megatron.engine.optimizer import build_optimizer
 from compt_megatron.engine.run_checkpoint import RunCheckpoint
-from compt_megatron.engine.student import Outputs, Student, decays, held_by, sum_sequence_gradients
+from compt_megatron.engine.student import Outputs, Student, decays, held_by, step_factors_of, sum_sequence_gradients
 from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.engine.zero_config import deepspeed_config
 from compt_megatron.engine.zero_state import ZeroState
@@ -58,6 +58,7 @@ class DeepSpeedEngine(TrainingEngine):
             student.named_parameters(),
             settings.optimizer,
             lambda name: decays(held[name], spec),
+            lambda name: step_factors_of(held[name], self.factors, spec),
             tensor_group=self.topology.tensor_group if self.topology.tensor > 1 else None,
         )
         self.optimizer_name = self._optimizer.implementation

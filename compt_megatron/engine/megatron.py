@@ -53,7 +53,9 @@ class MegatronEngine(TrainingEngine):
             sum_sequence_gradients(student, self.topology)
             held |= {f"{chunk}.{name}": entry for name, entry in held_by(student, part, chunk).items()}
             self._chunks.append(student)
-        self._optimizer = MegatronStep(self._chunks, held, spec, settings, self.topology, sharded=parallel.zero == 1)
+        self._optimizer = MegatronStep(
+            self._chunks, held, spec, settings, self.topology, self.factors, sharded=parallel.zero == 1
+        )
         self.optimizer_name = self._optimizer.base.implementation
         self._state = MegatronState(self._optimizer.wrapped, self._optimizer.base, self.topology.data_group)
         self._checkpoint = RunCheckpoint([*held.values()], part, self._state, self._dtype, runtime, self.topology)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from compt_megatron.engine.optimizer import build_optimizer
 from compt_megatron.engine.run_checkpoint import Held
-from compt_megatron.engine.student import Student, decays
+from compt_megatron.engine.student import Student, decays, step_factors_of
 from compt_megatron.engine.topology import Topology
 from compt_megatron.models.megatron_cpu import cuda_types_on_cpu
 from compt_megatron.recipe.schema import Settings
@@ -37,7 +38,7 @@ class MegatronStep:
 
     def __init__(
         self, chunks: list[Student], held: dict[str, Held], spec: ModelSpec, settings: Settings, topology: Topology,
-        sharded: bool,
+        factors: Mapping[str, tuple[float, float]], sharded: bool,
     ) -> None:  # fmt: skip
         bf16 = settings.precision == "bf16"
         config = chunks[0].model.vision.config
@@ -48,6 +49,7 @@ class MegatronStep:
             [(name, entry.param) for name, entry in held.items()],
             settings.optimizer,
             lambda name: decays(held[name], spec),
+            lambda name: step_factors_of(held[name], factors, spec),
             tensor_group=topology.tensor_group if topology.tensor > 1 else None,
         )
         options = OptimizerConfig(

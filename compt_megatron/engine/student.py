@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import exp, log
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -49,6 +52,20 @@ def held_by(student: Student, part: ModelPart, chunk: int = 0) -> dict[str, Held
 def decays(held: Held, spec: ModelSpec) -> bool:
     """Whether weight decay applies to a parameter: to matrices, never to biases or norms."""
     return held.names[0].endswith("weight") if held.aligns else spec.params[held.names[0]].decays
+
+
+def step_factors_of(held: Held, factors: Mapping[str, tuple[float, float]], spec: ModelSpec) -> tuple[float, float]:
+    """Factors on a parameter's learning rate and weight decay. Where it joins tensors with different ones (query, key
+    and value, when growth rescaled the queries), their geometric mean, each counted by its size."""
+    if held.aligns or not any(name in factors for name in held.names):
+        return 1.0, 1.0
+    own = {factors.get(name, (1.0, 1.0)) for name in held.names}
+    if len(own) == 1:
+        return own.pop()
+    sizes = [spec.params[name].numel for name in held.names]
+    logs = [[log(value) for value in factors.get(name, (1.0, 1.0))] for name in held.names]
+    rate, decay = (exp(sum(n * each[i] for n, each in zip(sizes, logs)) / sum(sizes)) for i in (0, 1))
+    return rate, decay
 
 
 def sum_sequence_gradients(student: nn.Module, topology: Topology) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,18 @@ class TrainingEngine(ABC):
         teacher: Teacher | None = None,
         alignment: Alignment | None = None,
         projections: Projections | None = None,
+        factors: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         """The student of one link, without weights (`load`), in the layout of `settings.parallel`. Collective.
 
-        The teacher must have been made for the same layout's process groups.
+        The teacher must have been made for the same layout's process groups. `factors`: on learning rate and weight
+        decay, by canonical name, as a growth certificate's `rates` has them; 1 for tensors that it does not name.
         """
         self.spec, self.settings, self.objective, self.runtime = spec, settings, objective, runtime
         self.total_steps, self.teacher, self.alignment = total_steps, teacher, alignment
         self.topology = Topology.start(settings.parallel)
         self.parallel = settings.parallel.as_run(self.topology.data, settings.precision)
+        self.factors = dict(factors or {})
         self.global_step = 0
         self._skipped_in_a_row = 0
         self._part_names: dict[bool, list[str]] = {}

@@ -289,6 +289,11 @@ class GrowSettings(Section):
         description="The optimizer's state: anew (with warm-up), or grown from the previous link's last checkpoint, as "
         "if the training went on.",
     )
+    rates: Literal["alike", "grown"] = Field(
+        default="alike",
+        description="Learning rate and weight decay of tensors whose values growth multiplied: those of all others, or "
+        "by the certificate's factors, under which their steps are the previous model's.",
+    )
 
 
 class AlignSettings(Section):

@@ -52,6 +52,7 @@ def engine_of(
     precision: str = "fp32",
     aligned: bool = False,
     config: dict[str, Any] = CONFIG,
+    factors: dict[str, tuple[float, float]] | None = None,
     **optimizer: Any,
 ) -> Any:
     """An engine in the layout `parallel`, a recipe's own section; it needs weights."""
@@ -84,7 +85,7 @@ def engine_of(
     objective = build_objective("clip" if "text_cfg" in config else "classify")
     return engine_class(settings.parallel)(
         spec, settings, objective, runtime, total_steps=100,
-        teacher=teacher, alignment=alignment, projections=projections,
+        teacher=teacher, alignment=alignment, projections=projections, factors=factors,
     )  # fmt: skip
 
 

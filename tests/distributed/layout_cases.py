@@ -42,6 +42,7 @@ class Case:
     precision: str = "fp32"
     config: dict[str, Any] = field(default_factory=lambda: CONFIG)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    factors: dict[str, tuple[float, float]] = field(default_factory=dict)  # on learning rate and weight decay
 
 
 @dataclass
@@ -69,7 +70,9 @@ def train(rank: int, world: int, start: str, cases: list[Case]) -> list[Ran]:
 def _train_one(runtime: Any, start: Path, case: Case) -> Ran:
     from time import perf_counter
 
-    engine = engine_of(runtime, case.parallel, case.precision, case.aligned, case.config, **case.optimizer)
+    engine = engine_of(
+        runtime, case.parallel, case.precision, case.aligned, case.config, case.factors, **case.optimizer
+    )
     assert torch.nn.functional.linear is LINEAR, "ZeRO 3 has replaced torch's linear for the whole process"
     engine.load(start)
     place, began = engine.topology, perf_counter()

@@ -4,13 +4,14 @@ split: what every rank holds and says is what one process would."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.spec.families import spec_from_config
 from tests.distributed.engine_cases import engine_of, joined, pieces_of, whole_batch, write_start
 from tests.distributed.layout_cases import CONFIG, Case, Ran, State, distance, gradient, layout, of, outcomes, uneven
@@ -32,6 +33,12 @@ CLIPPED = [
     layout("deepspeed", 2, zero=1),
     layout("deepspeed", 2, zero=3),
 ]
+# a whole tensor; the queries alone of the tensor that queries, keys and values share in training; a bias
+FACTORS = {
+    "visual.proj": (0.5, 2.0),
+    "visual.transformer.resblocks.0.attn.q_proj.weight": (8.0, 0.125),
+    "transformer.resblocks.1.mlp.c_fc.bias": (3.0, 1.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +61,17 @@ def like(found: State, wanted: State) -> float:
 
 @pytest.fixture(scope="module")
 def fp32(start: Path) -> tuple[Ran, Ran]:
-    """One process in fp32, and one with clipping."""
-    plain, clipped = outcomes(start, [case({"zero": 0}), case({"zero": 0}, clip_grad=0.1)], 1)
+    """One process in fp32, and one with clipping and factors."""
+    plain, clipped = outcomes(start, [case({"zero": 0}), clipped_case({"zero": 0})], 1)
     return plain, clipped
 
 
 def case(parallel: dict[str, Any], precision: str = "fp32", **optimizer: Any) -> Case:
     return Case(parallel, STEPS, aligned=True, precision=precision, optimizer={"lr": LR, **optimizer})
+
+
+def clipped_case(parallel: dict[str, Any]) -> Case:
+    return replace(case(parallel, clip_grad=0.1), factors=FACTORS)
 
 
 def test_bf16_follows_fp32(start: Path, fp32: tuple[Ran, Ran]) -> None:
@@ -79,11 +90,27 @@ def test_gradients_are_clipped_by_the_norm_of_the_whole_model(start: Path, fp32:
     assert min(plain.norms) > 0.2, "clipping at 0.1 does something"
     assert like(gradient(wanted), gradient(plain)) > 0.9999
     assert distance(gradient(wanted), gradient(plain)) > 0.5
-    cases = [case(parallel, clip_grad=0.1) for parallel in CLIPPED]
+    cases = [clipped_case(parallel) for parallel in CLIPPED]
     for parallel, found in zip(CLIPPED, outcomes(start, cases, 4), strict=True):
         assert found.norms == pytest.approx(wanted.norms, rel=1e-4), parallel
         assert distance(gradient(found), gradient(wanted)) < 2e-5, parallel
         assert distance(of(found.last, "weight"), of(wanted.last, "weight")) < 1e-3, parallel
+
+
+def test_factors_are_on_the_steps_of_their_tensors(start: Path) -> None:
+    """Without decay, Adam's first step is the rate times the sign of the gradient."""
+    one = replace(case({"zero": 0}, weight_decay=0.0), steps=1)
+    plain, scaled = outcomes(start, [one, replace(one, factors=FACTORS)], 1)
+    reader = open_reader(start)
+    began = {name: reader.read(f"weight/{name}") for name in spec_from_config(CONFIG, "tiny").params}
+    reader.close()
+    moved = [{name: ran.first[f"weight/{name}"] - began[name] for name in began} for ran in (plain, scaled)]
+    wanted = {name: rate for name, (rate, _) in FACTORS.items()}
+    for part in "qkv":
+        wanted[f"visual.transformer.resblocks.0.attn.{part}_proj.weight"] = 2.0  # the geometric mean of 8, 1 and 1
+    for name in began:
+        ratio = moved[1][name].abs().sum() / moved[0][name].abs().sum()
+        assert float(ratio) == pytest.approx(wanted.get(name, 1.0), rel=1e-2), name
 
 
 # -- what must not reach a weight ------------------------------------------------------------------------------------
