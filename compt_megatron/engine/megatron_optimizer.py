@@ -28,10 +28,14 @@ logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilt
 )
 
 
+BUCKET = 40_000_000  # gradients that are reduced together
+
+
 class MegatronStep:
     """One optimizer step over all chunks of a rank's part of the model.
 
-    Gradients are summed in fp32 over micro-batches, and averaged over the data-parallel ranks. `sharded`: by the
+    Gradients are summed in fp32 over micro-batches, and averaged over the data-parallel ranks: a bucket of them while
+    the backward pass goes on, as soon as all are there. `sharded`: by the
     distributed optimizer, where each of those ranks has a piece of masters and moments. `base`: the torch optimizer
     that does the arithmetic; `wrapped`: megatron-core's around it.
     """
@@ -42,8 +46,16 @@ class MegatronStep:
     ) -> None:  # fmt: skip
         bf16 = settings.precision == "bf16"
         config = chunks[0].model.vision.config
-        buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=sharded)
-        self._buffers = [DistributedDataParallel(config, buffers, chunk, disable_bucketing=True) for chunk in chunks]
+        overlaps = topology.data > 1
+        buffers = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=sharded,
+            overlap_grad_reduce=overlaps,
+            bucket_size=BUCKET if overlaps else None,
+        )
+        self._buffers = [
+            DistributedDataParallel(config, buffers, chunk, disable_bucketing=not overlaps) for chunk in chunks
+        ]
         self._clip = settings.optimizer.clip_grad
         self.base = build_optimizer(
             [(name, entry.param) for name, entry in held.items()],
@@ -91,6 +103,7 @@ class MegatronStep:
         """Take the gradients that the backward passes left: their global L2 norm before clipping, and whether it was
         not finite, which leaves weights and moments alone. Collective."""
         for buffers in self._buffers:
+            _start_the_rest(buffers)
             buffers.finish_grad_sync()
         for group in self.wrapped.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -111,3 +124,11 @@ class MegatronStep:
         """Let go of the buffers."""
         self._buffers.clear()
         self.wrapped = None
+
+
+def _start_the_rest(buffers: DistributedDataParallel) -> None:
+    """Reduce the buckets that wait for gradients which this step does not have: those of the projections, when the
+    alignment has ended. megatron-core takes such a bucket for an error."""
+    for group in buffers.bucket_groups:
+        if group.ddp_config.overlap_grad_reduce and not group.is_first_batch and group.grad_reduce_handle is None:
+            group.start_grad_sync()
