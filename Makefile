@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: demo test lint types imports bench docs clean
+.PHONY: demo test lint types imports bench kernels docs clean
 
 demo: $(VENV)/.train
 	OMP_NUM_THREADS=$(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) $(BIN)/compt train emoji --run-dir runs/demo
@@ -26,6 +26,9 @@ imports: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
+
+kernels: $(VENV)/.train
+	$(BIN)/python -m compt_kernels.build
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

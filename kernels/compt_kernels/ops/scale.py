@@ -1,0 +1,33 @@
+"""The upstream gradient, applied to a gradient that the forward pass has computed."""
+
+from __future__ import annotations
+
+import torch
+
+torch.library.define("compt_kernels::scale_rows", "(Tensor(a!) gradient, Tensor factor, Tensor? unit) -> ()")
+
+
+@torch.library.register_fake("compt_kernels::scale_rows")
+def _(gradient: torch.Tensor, factor: torch.Tensor, unit: torch.Tensor | None) -> None:
+    return None
+
+
+def scaled(gradient: torch.Tensor, upstream: torch.Tensor, unit: torch.Tensor | None = None) -> torch.Tensor:
+    """`gradient` [rows, features] times `upstream` (one number, or [rows]) and `unit` (one number, or nothing).
+
+    To be called in a backward pass with the gradient that the forward pass saved: it is scaled in place, by a kernel
+    that reads the factors on the device and touches nothing where they are 1, unless the graph is retained for another
+    backward pass or compiled; then the product is a new tensor.
+    """
+    upstream = upstream.float()
+    if torch.compiler.is_compiling() or _graph_is_kept():
+        factor = upstream if unit is None else upstream * unit
+        return (gradient * factor.unsqueeze(-1)).to(gradient.dtype)
+    torch.ops.compt_kernels.scale_rows(gradient, upstream.contiguous(), unit)
+    return gradient
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that runs now retains its graph (retain_graph or create_graph)."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else bool(asked())
