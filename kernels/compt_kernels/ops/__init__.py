@@ -1,1 +1,1 @@
-"""One operation a file: the schema of its kernels, their fakes, autograd, and the function users call."""
+"""One operation a file: schema, fake kernel, autograd, and the choice between the kernels and the reference."""
