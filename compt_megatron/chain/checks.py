@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compt_megatron.chain.layouts import nearest, obstacle
+from compt_megatron.chain.layouts import misfit, nearest, obstacle
 from compt_megatron.chain.member import Member, control_members, link_members
 from compt_megatron.chain.workload import data_ranks
 from compt_megatron.checkpoint.contract import Layout
@@ -25,9 +25,19 @@ def check_recipe(recipe: Recipe, world: int = 1, *, data: bool = True) -> None:
     """
     links = link_members(recipe, None)
     controls = control_members(recipe, links)
-    for group, members in (("links", links), ("controls", controls)):
+    groups = (("links", links), ("controls", controls))
+    named = {
+        (group, index): f"{recipe.name}: {group}.{index} ({member.name})"
+        for group, members in groups
+        for index, member in enumerate(members)
+    }
+    for group, members in groups:  # a layout that fits nowhere is to blame before those that it leaves no ranks
         for index, member in enumerate(members):
-            where = f"{recipe.name}: {group}.{index} ({member.name})"
+            if misfit(member.spec, member.settings.parallel) is not None:
+                check_layout(member, world, named[group, index])
+    for group, members in groups:
+        for index, member in enumerate(members):
+            where = named[group, index]
             _check_objective(member, where)
             check_layout(member, world, where)
             if group == "links" and index:
@@ -57,6 +67,10 @@ def _advice(member: Member, world: int) -> str:
     """What to write instead of a layout that does not work."""
     layout, batch = member.settings.parallel, member.settings.data.batch_size
     near = nearest(member.spec, layout, batch, world)
+    if near is None and misfit(member.spec, layout) is not None:
+        worlds = sorted(range(1, 2 * world), key=lambda other: (abs(other - world), other))
+        found = ((nearest(member.spec, layout, batch, other), other) for other in worlds)
+        near, world = next(((one, other) for one, other in found if one is not None), (None, world))
     ranks = f"{world} rank{'s' * (world > 1)}"
     if near is None:
         fitting = max(1, round(batch / world)) * world

@@ -58,14 +58,14 @@ def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def obstacle(spec: ModelSpec, layout: ParallelSettings, batch: int, world: int) -> str | None:
-    """Why a layout cannot work, naming the field to blame first ("parallel.tensor is 3, which ..."), or None."""
+def misfit(spec: ModelSpec, layout: ParallelSettings) -> str | None:
+    """Why a layout does not fit a model on any number of ranks, naming the field to blame first ("parallel.tensor is
+    3, which ..."), or None."""
     for axis in ("tensor", "pipeline"):
         size = getattr(layout, axis)
         reason = files_obstacle(spec, Layout(**{axis: size}))
         if reason is not None:
             return f"parallel.{axis} is {size}, which does not fit: {reason}"
-    parts = layout.tensor * layout.pipeline
     reason = files_obstacle(spec, Layout(layout.tensor, layout.pipeline))
     if reason is not None:
         return f"parallel.tensor {layout.tensor} x parallel.pipeline {layout.pipeline} does not fit: {reason}"
@@ -75,6 +75,15 @@ def obstacle(spec: ModelSpec, layout: ParallelSettings, batch: int, world: int) 
                 f"parallel.virtual is {layout.virtual}, which does not divide the {tower.layers // layout.pipeline} "
                 f"layers that each of {layout.pipeline} stages has of the {tower.name} tower"
             )
+    return None
+
+
+def obstacle(spec: ModelSpec, layout: ParallelSettings, batch: int, world: int) -> str | None:
+    """Why a layout cannot work with a batch on `world` ranks, or None."""
+    reason = misfit(spec, layout)
+    if reason is not None:
+        return reason
+    parts = layout.tensor * layout.pipeline
     if world % parts:
         return (
             f"{world} ranks cannot be shared out: parallel.tensor {layout.tensor} x parallel.pipeline "

@@ -265,3 +265,10 @@ def test_a_plan_takes_the_fewest_ranks_that_its_layouts_allow() -> None:
 def test_divisors() -> None:
     for number in (1, 12, 16, 97, 360):
         assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
+def test_the_link_whose_layout_fits_nowhere_is_to_blame() -> None:
+    """Not the one before it, whose batch cannot be shared out over the ranks that the impossible layout asks for."""
+    recipe = load_recipe("vit-g", ["links.1.parallel.tensor=3"])
+    with pytest.raises(UserError, match=r"links\.1 \(H\): parallel\.tensor is 3.*on 2 ranks is tensor: 2"):
+        check_recipe(recipe, 3, data=False)
