@@ -2,3 +2,7 @@
 
 Usable without compt_megatron. Without a GPU the same functions run their reference in plain PyTorch.
 """
+
+from compt_kernels.align import align_loss, align_loss_parallel
+
+__all__ = ["align_loss", "align_loss_parallel"]

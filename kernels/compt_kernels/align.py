@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 
+from compt_kernels import exchange
 from compt_kernels.dispatch import Impl, use_kernels
 from compt_kernels.ops import align as ops
+from compt_kernels.ops import align_parallel as parallel
 from compt_kernels.reference import align as reference
 
 Norm = Literal["l2", "layer", "none"]
@@ -53,6 +56,35 @@ def align_loss(
     if weight is not None:
         return ops.align_projected(student, teacher, weight, bias, row_weight, norm, distance, reduction, beta)
     return ops.align_rows(student, teacher, row_weight, norm, distance, reduction, beta)
+
+
+def align_loss_parallel(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    group: dist.ProcessGroup | str | None,
+    norm: Norm = "l2",
+    distance: Distance = "mse",
+    row_weight: torch.Tensor | None = None,
+    reduction: Reduction = "mean",
+    beta: float = 1.0,
+    features: int | None = None,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """`align_loss` where the features are split over the ranks of `group`; every rank gets the whole loss.
+
+    student, teacher [..., this rank's features]; rows, row_weight and settings are the same on all ranks. The gradient
+    is that of this rank's features; each rank differentiates its own copy of the loss, nothing is to be summed.
+    `features` over all ranks: world size times this rank's by default. Between the passes the ranks sum two numbers a
+    row (their lengths; under `layer` two more, the means) and then three (distance and slopes), in fp64. A projection
+    is not part of it: its weight is split as any column-parallel layer's.
+    """
+    _check_names(norm, distance, reduction, beta)
+    _check_shapes(student, teacher, None, None, row_weight)
+    name = exchange.group_name(group)
+    features = features or student.shape[-1] * exchange.ranks(name)[1]
+    plain = not use_kernels("align_loss_parallel", impl, student, teacher)
+    settings = (norm, distance, reduction, beta, plain)
+    return parallel.align_parallel(student, teacher.detach(), row_weight, name, features, *settings)
 
 
 def _check_names(norm: str, distance: str, reduction: str, beta: float) -> None:

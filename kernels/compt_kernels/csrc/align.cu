@@ -72,17 +72,17 @@ template <int THREADS> __device__ inline double whole_of(const Plan& p, double* 
   return whole[0] > 0 ? whole[0] : whole[0] <= 0 ? 1. : whole[0];  // no weight at all: 1; NaN stays
 }
 
-// What a row's gradient is multiplied with. fp16 gradients of a mean would vanish (1e-8 of a row, say), so they are
-// held without the mean's denominators, and `unit` says what they lack.
+// What a row's loss and gradient are multiplied with. fp16 gradients of a mean would vanish (1e-8 of a row, say): they
+// are held times a power of two, and `unit` undoes it exactly.
 struct Factors {
   double loss, slope, unit;
 };
 
 __device__ inline Factors factors(const AlignArgs& a, double whole) {
-  const double slope = slope_factor(a.distance, a.features);
-  if (a.student.dtype != F16) return {loss_factor(a.distance, a.features), slope / whole, 1.};
-  const double held = a.distance == MSE ? 2. : 1.;
-  return {loss_factor(a.distance, a.features), held, slope / held / whole};
+  const double loss = loss_factor(a.distance, a.features), slope = slope_factor(a.distance, a.features) / whole;
+  if (a.student.dtype != F16 || !(slope > 0.)) return {loss, slope, 1.};
+  const double unit = ldexp(1., ilogb(slope));
+  return {loss, slope / unit, unit};
 }
 
 // The end of every row kernel: unit and whole by block 0, this block's sum of losses.

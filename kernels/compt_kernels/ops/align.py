@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compt_kernels.ops.scale import scaled
+from compt_kernels.ops.scale import refuse_second_derivative, scaled
 from compt_kernels.products import add_product_
 
 NORMS = {"none": 0, "l2": 1, "layer": 2}
@@ -60,7 +60,7 @@ def align_rows(
     """The loss of rows [..., d], one number or [...]; row_weight [...]."""
     x, y = as_rows(student, teacher)
     settings = (NORMS[norm], DISTANCES[distance], REDUCTIONS[reduction], beta)
-    row_weight = _flat(row_weight)
+    row_weight = flat(row_weight)
     if torch.is_grad_enabled() and student.requires_grad:
         loss = _AlignRows.apply(x, y, row_weight, *settings)
     else:
@@ -102,7 +102,7 @@ def align_projected(
         grad and student.requires_grad,
         grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
     )
-    row_weight = _flat(row_weight)
+    row_weight = flat(row_weight)
     if any(wants):
         return _AlignProjected.apply(x, y, weight, bias, row_weight, *settings, *wants)
     return torch.ops.compt_kernels.align_projected(x, y, weight, bias, row_weight, *settings, False, False)[0]
@@ -120,8 +120,8 @@ class _AlignRows(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:  # type: ignore[override]
+        refuse_second_derivative("align_loss")
         gradient, unit = ctx.saved_tensors
         return scaled(gradient, upstream, held_unit(gradient, unit)).view(ctx.shape), *(None,) * 6
 
@@ -138,8 +138,8 @@ class _AlignProjected(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:  # type: ignore[override]
+        refuse_second_derivative("align_loss")
         d_student, d_weight, d_bias, unit = ctx.saved_tensors
         wants_student, wants_weight = ctx.wants
         grads: list[torch.Tensor | None] = [None] * 13
@@ -152,7 +152,7 @@ class _AlignProjected(torch.autograd.Function):
 
 
 def held_unit(gradient: torch.Tensor, unit: torch.Tensor) -> torch.Tensor | None:
-    """fp16 gradients are held without the mean's denominators, which would push them below fp16's range."""
+    """fp16 gradients are held times a power of two: those of a mean would fall below fp16's range."""
     return unit if gradient.dtype == torch.float16 else None
 
 
@@ -251,7 +251,7 @@ def _one_stride(x: torch.Tensor) -> bool:
     return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
-def _flat(row_weight: torch.Tensor | None) -> torch.Tensor | None:
+def flat(row_weight: torch.Tensor | None) -> torch.Tensor | None:
     """[rows], contiguous, of a dtype that the kernels read."""
     if row_weight is None:
         return None

@@ -27,7 +27,13 @@ def scaled(gradient: torch.Tensor, upstream: torch.Tensor, unit: torch.Tensor | 
     return gradient
 
 
+def refuse_second_derivative(op: str) -> None:
+    """To be called first in a backward pass: its result would count as a constant under create_graph."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{op}: the kernels' gradient cannot be differentiated (create_graph); use impl='eager'")
+
+
 def _graph_is_kept() -> bool:
-    """Whether the backward pass that runs now retains its graph (retain_graph or create_graph)."""
+    """Whether the backward pass that runs now retains its graph (retain_graph)."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if asked is None else bool(asked())

@@ -73,3 +73,62 @@ def whole(counts: torch.Tensor) -> torch.Tensor:
     """What a mean divides by: the sum of the weights, or 1 where there is none."""
     total = counts.sum()
     return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def part_totals(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Where features are split over ranks: the sums of student and teacher [..., d] over this rank's, fp64 [2, rows].
+
+    This and the next three do what the passes of csrc/align_parts.cu do.
+    """
+    return torch.stack([x.flatten(0, -2).sum(-1, dtype=torch.float64) for x in (student, teacher)])
+
+
+def part_squares(student: torch.Tensor, teacher: torch.Tensor, means: torch.Tensor | None) -> torch.Tensor:
+    """The sums of squares around means [2, rows], fp64 [2, rows]; computed in the dtype of the means, else in fp32."""
+    sides = []
+    for side, x in enumerate((student, teacher)):
+        x = x.flatten(0, -2)
+        x = x.float() if means is None and x.dtype != torch.float64 else x
+        x = x if means is None else x.to(means.dtype) - means[side].unsqueeze(-1)
+        sides.append(x.square().sum(-1, dtype=torch.float64))
+    return torch.stack(sides)
+
+
+def part_distance(
+    student: torch.Tensor, teacher: torch.Tensor, affine: torch.Tensor, distance: int, beta: float
+) -> torch.Tensor:
+    """The sums of loss, of slope times normalised student, and of slope, fp64 [3, rows]; affine: csrc/align.h."""
+    x, error, slope = _part(student, teacher, affine, distance, beta)
+    loss = error.square()
+    if distance == 2:
+        size = error.abs()
+        loss = torch.where(size < beta, 0.5 * error * slope, size - 0.5 * beta)
+    return torch.stack([v.sum(-1, dtype=torch.float64) for v in (loss, slope * x, slope)])
+
+
+def part_gradient(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    affine: torch.Tensor,
+    through: torch.Tensor,
+    distance: int,
+    beta: float,
+) -> torch.Tensor:
+    """This rank's part of the gradient [rows, d] in the student's dtype; through: csrc/align.h."""
+    x, _, slope = _part(student, teacher, affine, distance, beta)
+    factor, mean, along = through.unsqueeze(-1)
+    return (factor * (slope - mean - along * x)).to(student.dtype)
+
+
+def _part(
+    student: torch.Tensor, teacher: torch.Tensor, affine: torch.Tensor, distance: int, beta: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised student, its difference from the teacher, and the slope of the distance there; 0 in dead rows."""
+    s_mean, s_scale, t_mean, t_scale, live = affine.unsqueeze(-1)
+    dead = live == 0
+    x = ((student.flatten(0, -2).to(affine.dtype) - s_mean) * s_scale).masked_fill(dead, 0.0)
+    y = ((teacher.flatten(0, -2).to(affine.dtype) - t_mean) * t_scale).masked_fill(dead, 0.0)
+    error = x - y
+    if distance != 2:
+        return x, error, error
+    return x, error, torch.where(error.abs() < beta, error / beta, error.sign()) if beta else error.sign()
