@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 import torch.distributed as dist
 
-from compt_megatron.align.loss import Distance, Norm, align_loss
+from compt_kernels.align import Distance, Norm, align_loss
 from compt_megatron.errors import UserError
 from compt_megatron.share import ObjectiveResult, total
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compt_kernels.align import align_loss
 from compt_megatron.align.alignment import Alignment
-from compt_megatron.align.loss import align_loss
 from compt_megatron.align.projection import Projections
 from compt_megatron.errors import UserError
 
@@ -154,7 +154,7 @@ def test_projections_where_widths_differ():
     [
         ({"schedule": "cosin"}, "align.schedule is 'cosin'; use one of: constant, cosine, linear"),
         ({"distance": "l1"}, "align.distance is 'l1'"),
-        ({"norm": "layer"}, "align.norm is 'layer'"),
+        ({"norm": "batch"}, "align.norm is 'batch'"),
         ({"weight": -1.0}, "align.weight is -1.0"),
         ({"weight": float("nan")}, "align.weight is nan"),
         ({"end_step": 0}, "align.end_step is 0"),

@@ -7,7 +7,7 @@ from math import sqrt
 import pytest
 import torch
 
-from compt_megatron.align.loss import align_loss
+from compt_kernels.align import align_loss
 
 DISTANCES = ("mse", "cosine", "smooth_l1")
 
@@ -52,7 +52,7 @@ def test_equals_the_formula(distance, norm, reduction, shape, weighted):
     student.view(-1, 7)[2] = 0
     teacher.view(-1, 7)[3] = 0
     want = by_loops(student, teacher, distance, norm, weights, reduction)
-    options = {"distance": distance, "norm": norm, "weights": weights, "reduction": reduction}
+    options = {"distance": distance, "norm": norm, "row_weight": weights, "reduction": reduction}
     assert float(align_loss(student, teacher, **options)) == pytest.approx(want, rel=2e-6)
     double = align_loss(student.double(), teacher.double(), **options)
     assert double.dtype == torch.float64
@@ -74,7 +74,7 @@ def test_gradient(distance, norm):
     for reduction in ("mean", "sum"):
         assert torch.autograd.gradcheck(
             lambda s, r=reduction: align_loss(
-                s, teacher, distance=distance, norm=norm, weights=weights, reduction=r, beta=0.3
+                s, teacher, distance=distance, norm=norm, row_weight=weights, reduction=r, beta=0.3
             ),
             student,
         )
@@ -106,7 +106,7 @@ def test_rows_that_do_not_count(distance, dtype):
     student[0], teacher[1], student[2] = 0, 0, 1e-20
     student[4], student[5], teacher[5] = float("nan"), float("inf"), float("nan")
     student.requires_grad_()
-    loss = align_loss(student, teacher, distance=distance, weights=mask, reduction="sum")
+    loss = align_loss(student, teacher, distance=distance, row_weight=mask, reduction="sum")
     loss.backward()
     good = [3, 6]
     alone = student.detach()[good].requires_grad_()
@@ -130,7 +130,7 @@ def test_no_rows_and_no_weight_are_zero():
     loss.backward()
     assert float(loss.detach()) == 0
     student = torch.randn(3, 4, requires_grad=True)
-    loss = align_loss(student, torch.randn(3, 4), weights=torch.zeros(3))
+    loss = align_loss(student, torch.randn(3, 4), row_weight=torch.zeros(3))
     loss.backward()
     assert float(loss.detach()) == 0
     assert torch.equal(student.grad, torch.zeros(3, 4))
