@@ -4,5 +4,7 @@ Usable without compt_megatron. Without a GPU the same functions run their refere
 """
 
 from compt_kernels.align import align_loss, align_loss_parallel
+from compt_kernels.contrastive import contrastive_loss, siglip_loss
+from compt_kernels.distill import distill_kl
 
-__all__ = ["align_loss", "align_loss_parallel"]
+__all__ = ["align_loss", "align_loss_parallel", "contrastive_loss", "siglip_loss", "distill_kl"]

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 # torch 2.13 renamed both and warns at the old names; 2.11 has only those.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 def group_name(group: Any) -> str:
@@ -29,7 +29,7 @@ def ranks(name: str) -> tuple[int, int]:
 
 
 def all_gather(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The rows of all ranks in rank order: [n, ...] -> [world * n, ...], a new tensor. Every rank must have the same n."""
+    """The rows of all ranks in rank order: [n, ...] -> [world * n, ...], new. Every rank must have the same n."""
     world = ranks(name)[1]
     gathered = x.new_empty((world * x.shape[0], *x.shape[1:]))
     _all_gather(gathered, x.contiguous(), group=_group(name))
@@ -94,7 +94,8 @@ def shared_by_ranks(x: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _group(name: str) -> Any:
-    return distributed_c10d._resolve_process_group(name)
+    resolve: Any = distributed_c10d._resolve_process_group
+    return resolve(name)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -34,3 +34,8 @@ def common_dtype(*tensors: torch.Tensor) -> torch.dtype:
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits and of sums over them: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def aligned(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised matrix on the device of `like`, whose rows start at multiples of eight elements."""
+    return like.new_empty((rows, -(-columns // 8) * 8), dtype=dtype)[:, :columns]

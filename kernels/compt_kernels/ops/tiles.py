@@ -2,8 +2,7 @@
 
 A tile holds `dots` [r, c], the products x_i . y_j of r rows and c columns, as fp32 (fp64 in the plain form). Its own
 pairs lie where column = row + `diagonal`, a number that may be negative or beyond the tile. With labels, int64 per row
-and per column, the pairs of equal label are positive too. Logits are counted in powers of two: z = scale * x_i . y_j,
-where `scale`, 0-D, holds logit_scale * log2(e).
+and per column, the pairs of equal label are positive too. Logits are z = scale * dots, with `scale` 0-D.
 """
 
 from __future__ import annotations
@@ -73,18 +72,18 @@ def nce_statistics_(
 ) -> None:
     """Merge a tile into what is known of its rows [5, r] and its columns [4, c], over the logits of other pairs.
 
-    0: their maximum; 1: the sum of 2 to the (logit - maximum); 2: with labels, the sum of the positive ones'; 3: with
-    labels, how many those are; 4, rows only: the logit of the own pair.
+    0: their maximum, or a number near it; 1: the sum of exp(logit - maximum); with labels, 2: the sum of the positive
+    pairs' dots, 3: how many those are; rows only, 4: the dots of the own pair.
     """
     logits = dots * scale
     own = _own(dots, diagonal)
     row, column = own.nonzero(as_tuple=True)
-    rows[4, row] = logits[row, column]
+    rows[4, row] = dots[row, column]
     _merge(rows, logits.masked_fill(own, NOTHING), 1)
     _merge(columns, logits.masked_fill(own, NOTHING), 0)
     if row_labels is not None and column_labels is not None:
         positive = (row_labels[:, None] == column_labels[None, :]) & ~own
-        kept = torch.where(positive, logits, 0.0)
+        kept = torch.where(positive, dots, 0.0)
         for state, dim in ((rows, 1), (columns, 0)):
             state[2] += kept.sum(dim)
             state[3] += positive.sum(dim)
@@ -103,13 +102,13 @@ def nce_gradient_(
 ) -> torch.Tensor:
     """Turn a tile into the gradient of its logits; returns the sum over columns of gradient times dots, [r].
 
-    rows [4, r] and columns [3, c]: 0, the reference m; 1, the factor w of 2 to the (logit - m); 2, the target of each
-    other positive pair; 3, rows only, the gradient of the own pair's logit. The gradient is w 2^(z - m) of the row
-    plus that of the column, less both targets where the pair is positive. It is written times `gain` to `out`
-    [r, c], or without `out` into `dots`.
+    rows [4, r] and columns [3, c]: 0, a reference m; 1, the factor w of exp(z - m); 2, the target of each other
+    positive pair; 3, rows only, the gradient of the own pair's logit. The gradient is w exp(z - m) of the row plus
+    that of the column, less both targets where the pair is positive. It is written times `gain` to `out` [r, c], or
+    without `out` into `dots`.
     """
     logits = dots * scale
-    gradient = rows[1, :, None] * torch.exp2(logits - rows[0, :, None]) + columns[1] * torch.exp2(logits - columns[0])
+    gradient = rows[1, :, None] * torch.exp(logits - rows[0, :, None]) + columns[1] * torch.exp(logits - columns[0])
     if row_labels is not None and column_labels is not None:
         positive = row_labels[:, None] == column_labels[None, :]
         gradient = gradient - torch.where(positive, rows[2, :, None] + columns[2], 0.0)
@@ -132,8 +131,8 @@ def sigmoid_tile_(
 ) -> torch.Tensor:
     """The sigmoid loss of a tile, [3, r] sums over columns: of the loss, of gradient times dots, of the gradient.
 
-    `scale` and `bias` are SigLIP's, not in powers of two. The logits' gradient is written as in `nce_gradient_`; with
-    `gradient` false nothing is written, and sums 1 and 2 are 0.
+    Logits are z = scale * dots + bias. Their gradient is written as in `nce_gradient_`; with `gradient` false nothing
+    is written, and sums 1 and 2 are 0.
     """
     logits = dots * scale + bias
     positive = _own(dots, diagonal)
@@ -156,6 +155,6 @@ def _own(dots: torch.Tensor, diagonal: int) -> torch.Tensor:
 
 def _merge(state: torch.Tensor, logits: torch.Tensor, dim: int) -> None:
     highest = torch.maximum(state[0], logits.amax(dim))
-    powers = torch.exp2(logits - highest.unsqueeze(dim)).masked_fill(logits == NOTHING, 0.0)
-    state[1] = state[1] * torch.exp2(state[0] - highest) + powers.sum(dim)
+    powers = torch.exp(logits - highest.unsqueeze(dim)).masked_fill(logits == NOTHING, 0.0)
+    state[1] = state[1] * torch.exp(state[0] - highest) + powers.sum(dim)
     state[0] = highest

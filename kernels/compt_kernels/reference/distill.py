@@ -45,7 +45,7 @@ def kth_largest(logits: torch.Tensor, top_k: int | None, group: str) -> torch.Te
         padded = torch.nn.functional.pad(best, (0, top_k - best.shape[1]), value=-torch.inf)
         everyone = all_gather(padded, group).view(ranks(group)[1], rows, top_k)
         best = everyone.transpose(0, 1).reshape(rows, -1).topk(top_k, dim=1).values
-    return best[:, -1]
+    return best[:, -1].contiguous()
 
 
 def _log_softmax(logits: torch.Tensor, group: str) -> torch.Tensor:
