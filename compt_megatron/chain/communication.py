@@ -48,9 +48,9 @@ def traffic(workload: Workload, layout: ParallelSettings, world: int) -> list[Tr
     return [part for part in parts if part.bytes > 0]
 
 
-def forwards(layout: ParallelSettings) -> int:
+def forwards(workload: Workload, layout: ParallelSettings) -> int:
     """Forward passes of a step: one, one more for cached feature gradients, one more for full recomputation."""
-    return 1 + is_cached(layout) + (layout.recompute == "full")
+    return 1 + is_cached(workload, layout) + (layout.recompute == "full")
 
 
 def ring(ranks: int) -> float:
@@ -82,14 +82,14 @@ def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterato
     for name, tower in workload.spec.towers.items():
         blocks = tower.layers / layout.pipeline
         whole = stream_bytes(workload, layout, world, name)
-        passes = forwards(layout) + 1
+        passes = forwards(workload, layout) + 1
         calls = 2 * blocks * m * passes
         sent = calls * 2 * ring(size) * whole
         if layout.sequence:
             calls, again = 2 * calls, 2 * blocks * m
             sent, calls = sent + again * ring(size) * whole, calls + again
         yield Traffic(f"{name} blocks", "tensor", sent, calls, size, 1)
-        ends = m * (1 + is_cached(layout))
+        ends = m * (1 + is_cached(workload, layout))
         if name == "text":
             yield Traffic("text embedding", "tensor", ends * 2 * ring(size) * whole, ends, size, 1)
         if layout.sequence:
@@ -112,7 +112,7 @@ def _pipeline(workload: Workload, layout: ParallelSettings, world: int) -> Itera
         return
     for name in workload.spec.towers:
         whole = stream_bytes(workload, layout, world, name) / (layout.tensor if layout.sequence else 1)
-        calls = layout.virtual * layout.micro_batches * (1 + is_cached(layout) + 1)
+        calls = layout.virtual * layout.micro_batches * (1 + is_cached(workload, layout) + 1)
         calls -= layout.micro_batches if layout.pipeline == 2 else 0
         stride = layout.tensor * data_ranks(layout, world)  # pipeline stages are the outermost ranks
         yield Traffic(f"{name} stages", "pipeline", calls * whole, calls, layout.pipeline, stride)
@@ -147,13 +147,15 @@ def _gathered(workload: Workload, layout: ParallelSettings) -> float:
 
     Weights of at most 100,000 elements once, and kept. With cached gradients the others for every forward pass of every
     micro-batch and for its backward pass (full recomputation needs no gathering of its own). Otherwise the forward pass
-    leaves those that the backward pass needs within a thousand million elements of weights, and gathers the rest again.
+    of a micro-batch leaves those that its backward pass needs within a thousand million elements of weights, and the
+    rest is gathered again.
     """
     sizes = [split // layout.tensor + unsplit for split, unsplit in workload.module_sizes]
     whole, kept = sum(sizes), sum(size for size in sizes if size <= _PERSISTENT)
-    if is_cached(layout):
-        return (kept + (whole - kept) * layout.micro_batches * (2 + is_cached(layout))) / whole
-    return 1 + (whole - kept) / whole * max(0.0, 1 - _REUSED / (2 * whole))
+    if is_cached(workload, layout):
+        return (kept + (whole - kept) * layout.micro_batches * (2 + is_cached(workload, layout))) / whole
+    again = max(0.0, 1 - _REUSED / (2 * whole))
+    return (kept + (whole - kept) * layout.micro_batches * (1 + again)) / whole
 
 
 def _features(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:

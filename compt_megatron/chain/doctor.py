@@ -27,8 +27,10 @@ _NEEDED = {
     "emoji": "compt data emoji",
     "resvg-py": "compt data emoji",
     "pillow": "images",
+    "tokenizers": "compt data text",
+    "zstandard": "compt data text (.zst)",
 }
-_EXTRA = {"emoji": "data", "resvg-py": "data"}
+_EXTRA = {"emoji": "data", "resvg-py": "data", "tokenizers": "llm", "zstandard": "llm"}
 
 
 def examine(folder: Path | None = None) -> dict[str, Any]:

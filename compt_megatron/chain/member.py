@@ -62,8 +62,21 @@ class Member:
         return {
             "train": 3.0 * forward,
             "teacher": float(sample_macs(teacher, captions)) if teacher is not None else 0.0,
-            "cached_forward": float(forward) if self.settings.parallel.micro_batches > 1 else 0.0,
+            "cached_forward": float(forward) if self._is_cached else 0.0,
         }
+
+    @property
+    def _is_cached(self) -> bool:
+        """Whether features are computed twice, see engine/cached_gradients.py."""
+        parallel = self.settings.parallel
+        coupled = couples_rows(self.spec, self.align is not None and self.align.clamp)
+        return coupled and (parallel.micro_batches > 1 or parallel.pipeline > 1)
+
+
+def couples_rows(spec: ModelSpec, clamp: bool) -> bool:
+    """Whether the loss is one of all rows together: the contrast of two towers is, and so is a term that is clamped to
+    another one."""
+    return clamp or len(spec.towers) == 2
 
 
 def link_members(recipe: Recipe, beside: Path | None) -> list[Member]:

@@ -118,7 +118,7 @@ def _activations(workload: Workload, layout: ParallelSettings, world: int, stage
         working.append(sequences * (inner + tower.tokens * gradients * workload.element))
     towers = max(map(sum, zip(kept, working))) if layout.pipeline > 1 else sum(kept) + max(working)
     loss = 1.5 * loss_kept(workload, layout, world) if stage == layout.pipeline - 1 else 0.0
-    return max(towers, loss) if is_cached(layout) else towers + loss
+    return max(towers, loss) if is_cached(workload, layout) else towers + loss
 
 
 def kept_activations(workload: Workload, layout: ParallelSettings, world: int) -> float:

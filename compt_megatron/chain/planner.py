@@ -224,7 +224,7 @@ def _plan(
     aligned = samples * workload.teacher_share
     layout, world, hardware = member.settings.parallel, place.world, place.hardware
     forward = per_sample["train"] / 3
-    extra = forward * (forwards(layout) - 1)
+    extra = forward * (forwards(workload, layout) - 1)
     macs = {
         "train": per_sample["train"] * samples,
         "teacher": per_sample["teacher"] * aligned,

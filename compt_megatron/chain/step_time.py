@@ -62,7 +62,7 @@ def step_time(workload: Workload, layout: ParallelSettings, world: int, hardware
         launch = hardware.launch * tower.layers / layout.pipeline * (2 if layout.zero == 3 else 1)
         forward += max(product, launch) * layout.micro_batches
     own = forward * (1 + _BACKWARD)
-    again = forward * (forwards(layout) - 1) + _core_attention(workload, layout, world, hardware)
+    again = forward * (forwards(workload, layout) - 1) + _core_attention(workload, layout, world, hardware)
     teacher = workload.teacher_macs * workload.teacher_share * workload.batch / world
     teacher *= 2 / (hardware.peak(workload.precision) * hardware.sustained)
     sent = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0, "model": 0.0}

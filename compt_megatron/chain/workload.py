@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from compt_megatron.chain.member import Member
+from compt_megatron.chain.member import Member, couples_rows
 from compt_megatron.recipe.sections import ParallelSettings, Precision
 from compt_megatron.spec.cost import forward_macs
 from compt_megatron.spec.megatron_names import megatron_place
@@ -59,7 +59,7 @@ class Workload:
     """One training step of a model: `batch` samples over all ranks, each an image and `captions` texts.
 
     `teacher` is the frozen predecessor (None: not aligned), which runs in a `teacher_share` of the steps and which
-    `teacher_ranks` ranks split between them.
+    `teacher_ranks` ranks split between them. `clamp`: the alignment is compared with the task loss of the whole batch.
     """
 
     spec: ModelSpec
@@ -69,13 +69,24 @@ class Workload:
     precision: Precision
     teacher_share: float = 1.0
     teacher_ranks: int = 1
+    clamp: bool = False
 
     @classmethod
     def of(cls, member: Member, teacher: ModelSpec | None) -> Workload:
         """The step of a link or control that is aligned to `teacher`."""
         settings, align = member.settings, member.align
         share = 0.0 if align is None or align.weight == 0 else 1.0 if align.end is None else align.end
-        return cls(member.spec, teacher, settings.data.batch_size, settings.data.captions, settings.precision, share)
+        split, clamp = (1, False) if align is None else (align.tensor, align.clamp)
+        data = settings.data
+        return cls(
+            member.spec, teacher, data.batch_size, data.captions, settings.precision, share,
+            teacher_ranks=split, clamp=clamp,
+        )  # fmt: skip
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the loss is one of all rows together."""
+        return couples_rows(self.spec, self.clamp)
 
     @property
     def element(self) -> int:
@@ -130,9 +141,9 @@ def data_ranks(layout: ParallelSettings, world: int) -> int:
     return max(1, world // (layout.tensor * layout.pipeline))
 
 
-def is_cached(layout: ParallelSettings) -> bool:
+def is_cached(workload: Workload, layout: ParallelSettings) -> bool:
     """Whether features are computed twice: once for the loss over the whole batch, once for the gradients."""
-    return layout.micro_batches > 1 or layout.pipeline > 1
+    return workload.couples_rows and (layout.micro_batches > 1 or layout.pipeline > 1)
 
 
 def micro_batch_rows(workload: Workload, layout: ParallelSettings, world: int) -> float:

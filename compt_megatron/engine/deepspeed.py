@@ -15,7 +15,7 @@ from compt_megatron.engine.cached_gradients import CachedGradients, forward_with
 from compt_megatron.engine.optimizer import build_optimizer
 from compt_megatron.engine.run_checkpoint import RunCheckpoint
 from compt_megatron.engine.student import Outputs, Student, decays, held_by, step_factors_of, sum_sequence_gradients
-from compt_megatron.engine.training_step import TrainingEngine
+from compt_megatron.engine.training_step import LossOf, Shares, TrainingEngine
 from compt_megatron.engine.zero_config import deepspeed_config
 from compt_megatron.engine.zero_state import ZeroState
 from compt_megatron.models.build import build_model
@@ -105,11 +105,21 @@ class DeepSpeedEngine(TrainingEngine):
                 self._engine.step()  # not yet an optimizer's: it only counts micro-batches
             self._backward(cached.surrogate(index, self._seeded_forward(index, micro)))
 
-    def _update(self, rate: float) -> tuple[float, bool]:
+    def _backward_rows(self, micro: list[Batch], loss_of: LossOf) -> list[Shares]:
+        found = []
+        for index in range(len(micro)):
+            if index:
+                self._engine.step()  # as above
+            loss, parts = loss_of(index, self._seeded_forward(index, micro))
+            self._backward(loss)
+            found.append((loss.detach(), parts))
+        return found
+
+    def _update(self, rate: float, refuse: bool = False) -> tuple[float, bool]:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         own = self._own_gradient_norm()
-        self._optimizer.refuse = own is not None and not math.isfinite(own)
+        self._optimizer.refuse = refuse or (own is not None and not math.isfinite(own))
         self._mark_gradients()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0) if own is None else own

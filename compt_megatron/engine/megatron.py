@@ -3,12 +3,13 @@ buffers and optimizers.
 
 A model of two towers in a pipeline: each tower is an ordinary pipeline over all stages, one after the other. They meet
 only in the loss, on the last stage, by cached feature gradients: all micro-batches go forward without a graph, the loss
-of all features gives each feature's gradient, and the towers go forward and backward with that gradient.
+of all features gives each feature's gradient, and the towers go forward and backward with that gradient. A loss that is
+a sum over rows needs no such detour: its micro-batches go forward and backward once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from compt_megatron.engine.megatron_optimizer import MegatronStep
 from compt_megatron.engine.megatron_state import MegatronState
 from compt_megatron.engine.run_checkpoint import Held, RunCheckpoint
 from compt_megatron.engine.student import Outputs, Student, held_by, sum_sequence_gradients
-from compt_megatron.engine.training_step import TrainingEngine
+from compt_megatron.engine.training_step import LossOf, Shares, TrainingEngine
 from compt_megatron.models.build import build_model
 from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.megatron_cpu import use_cpu_in_training
@@ -99,12 +100,33 @@ class MegatronEngine(TrainingEngine):
 
     def _backward_cached(self, micro: list[Batch], cached: CachedGradients | None) -> None:
         for feature in _features(micro[0]):
-            self._pipeline(feature, micro, cached, backward=True)
+
+            def surrogate(index: int, output: torch.Tensor, feature: str = feature) -> torch.Tensor:
+                assert cached is not None
+                return cached.surrogate(index, {feature: output})
+
+            self._pipeline(feature, micro, surrogate)
+
+    def _backward_rows(self, micro: list[Batch], loss_of: LossOf) -> list[Shares]:
+        (feature,) = _features(micro[0])
+        found: list[Shares] = []
+
+        def loss(index: int, output: torch.Tensor) -> torch.Tensor:
+            share, parts = loss_of(index, self._finished({feature: output}))
+            found.append((share.detach(), parts))
+            return share * self.topology.data  # as in `_backward`
+
+        self._pipeline(feature, micro, loss)
+        return found
 
     def _pipeline(
-        self, feature: str, micro: list[Batch], cached: CachedGradients | None = None, backward: bool = False
+        self,
+        feature: str,
+        micro: list[Batch],
+        loss: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """Run one tower over all micro-batches: forward, or forward and backward with the cached gradients.
+        """Run one tower over all micro-batches: forward, or forward and backward from `loss` (index and feature of a
+        micro-batch -> 0-D).
 
         Returns the feature of each micro-batch where it comes out and there is no backward.
         """
@@ -120,9 +142,9 @@ class MegatronEngine(TrainingEngine):
             def result(output: torch.Tensor, non_loss_data: bool = False) -> Any:
                 if non_loss_data:
                     return output
-                assert cached is not None
+                assert loss is not None
                 # the schedule divides by the number of micro-batches, in place
-                return cached.surrogate(index, {feature: output}) * len(micro), {}
+                return loss(index, output) * len(micro), {}
 
             return tower(inputs[index]), result
 
@@ -133,13 +155,13 @@ class MegatronEngine(TrainingEngine):
             num_microbatches=len(micro),
             seq_length=towers[0].sequence_length,
             micro_batch_size=len(inputs[0]),
-            forward_only=not backward,
-            collect_non_loss_data=not backward,
+            forward_only=loss is None,
+            collect_non_loss_data=loss is None,
         )
-        return [] if backward else list(found)
+        return list(found) if loss is None else []
 
-    def _update(self, rate: float) -> tuple[float, bool]:
-        norm, refused = self._optimizer.step(rate)
+    def _update(self, rate: float, refuse: bool = False) -> tuple[float, bool]:
+        norm, refused = self._optimizer.step(rate, refuse)
         scale = self._last.model.logit_scale
         if scale is not None:
             self._state.clamp(scale, 0.0, MAX_LOG_SCALE)

@@ -99,9 +99,9 @@ class MegatronStep:
         wrapped.tp_group = topology.tensor_group
         return wrapped
 
-    def step(self, rate: float) -> tuple[float, bool]:
-        """Take the gradients that the backward passes left: their global L2 norm before clipping, and whether it was
-        not finite, which leaves weights and moments alone. Collective."""
+    def step(self, rate: float, refuse: bool = False) -> tuple[float, bool]:
+        """Take the gradients that the backward passes left: their global L2 norm before clipping, and whether weights
+        and moments were left alone, because of `refuse` or a norm that is not finite. Collective."""
         for buffers in self._buffers:
             _start_the_rest(buffers)
             buffers.finish_grad_sync()
@@ -110,7 +110,7 @@ class MegatronStep:
         with cuda_types_on_cpu():
             self.wrapped.prepare_grads()
             norm = float(self.wrapped.get_grad_norm())
-            refused = not math.isfinite(norm)
+            refused = refuse or not math.isfinite(norm)
             if not refused:
                 if self._clip is not None:
                     clip_grad_by_total_norm_fp32(self.wrapped.get_parameters(), self._clip, norm)

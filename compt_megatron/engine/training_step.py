@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from compt_megatron.engine.schedule import learning_rate
 from compt_megatron.engine.student import Outputs
 from compt_megatron.engine.topology import Topology
 from compt_megatron.errors import UserError
-from compt_megatron.objectives.base import Objective
+from compt_megatron.objectives.base import Objective, RowObjective
 from compt_megatron.recipe.schema import Settings
 from compt_megatron.spec.table import ModelSpec
 
 _MAX_SKIPPED_IN_A_ROW = 20
+
+Shares = tuple[torch.Tensor, dict[str, torch.Tensor]]  # of the loss and of its parts
+LossOf = Callable[[int, Outputs], Shares]  # index and outputs of a micro-batch
 
 
 class TrainingEngine(ABC):
@@ -97,8 +100,14 @@ class TrainingEngine(ABC):
         """Forward every micro-batch again and send the cached gradients back."""
 
     @abstractmethod
-    def _update(self, rate: float) -> tuple[float, bool]:
-        """One optimizer step at a learning rate: the global gradient norm, and whether it was refused."""
+    def _backward_rows(self, micro: list[Batch], loss_of: LossOf) -> list[Shares]:
+        """Forward and backward of every micro-batch with its own loss; the shares, without graph, on the ranks where
+        outputs come out."""
+
+    @abstractmethod
+    def _update(self, rate: float, refuse: bool = False) -> tuple[float, bool]:
+        """One optimizer step at a learning rate, or with `refuse` none, the gradients dropped: the global gradient
+        norm, and whether it was refused."""
 
     @abstractmethod
     def eval_features(
@@ -119,6 +128,8 @@ class TrainingEngine(ABC):
         targets = self._teacher_features(batch) if self._aligning else None
         cached, shares = None, None
         whole = len(micro) == 1 and self.topology.pipeline == 1
+        if not whole and not self._couples_rows:
+            return self._step_by_rows(batch, micro, targets)
         if whole:
             self._seed(0)
             shares = self._loss(self._forward(micro[0]), batch, targets)
@@ -140,6 +151,32 @@ class TrainingEngine(ABC):
         norm, refused = self._update(rate)
         return self._finish(totals, batch, norm if math.isfinite(norm) and norm >= 0 else math.inf, refused)
 
+    def _step_by_rows(self, batch: Batch, micro: list[Batch], targets: Outputs | None) -> StepResult:
+        """A step whose loss is a sum over rows: each micro-batch goes forward and backward once."""
+        assert isinstance(self.objective, RowObjective)
+        divisor = self.objective.divisor(batch, self.topology.data_group)
+
+        def loss_of(index: int, outputs: Outputs) -> Shares:
+            part = None
+            if targets is not None:
+                part = {key: value.chunk(len(micro))[index] for key, value in targets.items()}
+            return self._loss(outputs, micro[index], part, len(batch), divisor)
+
+        found = self._backward_rows(micro, loss_of)
+        shares = None
+        if found:
+            losses, parts = zip(*found)
+            shares = torch.stack(losses).sum(), {key: torch.stack([p[key] for p in parts]).sum() for key in parts[0]}
+        totals = self._totals(shares)
+        rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)
+        norm, refused = self._update(rate, refuse=not all(math.isfinite(value) for value in totals.values()))
+        return self._finish(totals, batch, norm if math.isfinite(norm) and norm >= 0 else math.inf, refused)
+
+    @property
+    def _couples_rows(self) -> bool:
+        """Whether the loss needs the features of all micro-batches at once."""
+        return self.objective.couples_rows or (self.alignment is not None and self.alignment.clamp)
+
     @property
     def _aligning(self) -> bool:
         """Whether this step has an alignment loss; the teacher need not run otherwise."""
@@ -159,11 +196,21 @@ class TrainingEngine(ABC):
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if parts[0][key].dim()}
 
     def _loss(
-        self, outputs: Outputs, batch: Batch, targets: Outputs | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """This rank's share of the global loss, and of its parts."""
+        self,
+        outputs: Outputs,
+        batch: Batch,
+        targets: Outputs | None,
+        rows: int | None = None,
+        divisor: torch.Tensor | float | None = None,
+    ) -> Shares:
+        """This rank's share of the global loss, and of its parts. `rows`, `divisor`: this rank's rows and the
+        objective's divisor, where `batch` is one of several micro-batches."""
         group = self.topology.data_group
-        task = self.objective(outputs, batch, group)
+        if divisor is None:
+            task = self.objective(outputs, batch, group)
+        else:
+            assert isinstance(self.objective, RowObjective)
+            task = self.objective(outputs, batch, group, divisor)
         if self.alignment is None or targets is None:
             return task.loss, task.parts
         aligned = self.alignment(
@@ -171,13 +218,13 @@ class TrainingEngine(ABC):
             targets,
             step=self.global_step,
             total_steps=self.total_steps,
-            global_rows=batch.images.shape[0] * self.topology.data,
+            global_rows=(len(batch) if rows is None else rows) * self.topology.data,
             task_loss=task.loss,
             group=group,
         )
         return task.loss + aligned.loss, task.parts | aligned.parts
 
-    def _totals(self, shares: tuple[torch.Tensor, dict[str, torch.Tensor]] | None) -> dict[str, float]:
+    def _totals(self, shares: Shares | None) -> dict[str, float]:
         """Loss and parts of the global batch, on every rank."""
         if self._aligning not in self._part_names:  # a step with and one without alignment have different parts
             self._part_names[self._aligning] = self.topology.told_by_last(None if shares is None else [*shares[1]])

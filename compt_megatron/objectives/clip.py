@@ -21,6 +21,7 @@ class ClipObjective:
     """
 
     name = "clip"
+    couples_rows = True
 
     def __init__(self, same_caption: SameCaption = "separate") -> None:
         check_same_caption(self.name, same_caption)

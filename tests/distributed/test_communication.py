@@ -9,11 +9,12 @@ import pytest
 
 from tests.distributed.communication_cases import Counted, Found, count, predicted
 from tests.distributed.engine_cases import write_start
-from tests.distributed.layout_cases import CONFIG, layout
+from tests.distributed.layout_cases import CONFIG, PLAIN, layout
 from tests.distributed.spawn import run_ranks
 
 # matrices of more than 100,000 parameters, which DeepSpeed's stage 3 does not keep gathered
 WIDE: dict[str, Any] = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "width": 256, "layers": 2, "head_width": 64}}
+WIDE_PLAIN: dict[str, Any] = {key: value for key, value in WIDE.items() if key != "text_cfg"}
 CASES = [
     Counted(2, layout("deepspeed", tensor=2, sequence=True), "bf16"),  # first: nothing has prepared megatron-core yet
     Counted(2, layout("deepspeed", zero=0)),
@@ -27,10 +28,13 @@ CASES = [
     Counted(2, layout("megatron", tensor=2, recompute="full", micro_batches=2)),
     Counted(2, layout("megatron", tensor=2, sequence=True, micro_batches=2)),
     Counted(2, layout("megatron", pipeline=2, virtual=2, micro_batches=4), aligned=True),
+    Counted(2, layout("megatron", pipeline=2, micro_batches=2), aligned=True, config=PLAIN),
+    Counted(2, layout("deepspeed", zero=3, micro_batches=2), config=WIDE_PLAIN),
     Counted(4, layout("megatron", pipeline=4, micro_batches=4)),
     Counted(4, layout("megatron", tensor=2, pipeline=2, sequence=True)),
     Counted(4, layout("megatron", pipeline=2, virtual=2, micro_batches=4)),
 ]
+CONFIGS = (CONFIG, WIDE, PLAIN, WIDE_PLAIN)
 
 
 def _name(case: Counted) -> str:
@@ -44,11 +48,11 @@ def _name(case: Counted) -> str:
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Found]]:
     """What every rank sent, for the number of each case; one job for each number of ranks."""
     folder: Path = tmp_path_factory.mktemp("start")
-    starts = {name: str(write_start(folder / name, config)) for name, config in (("small", CONFIG), ("wide", WIDE))}
+    starts = [(config, str(write_start(folder / str(n), config))) for n, config in enumerate(CONFIGS)]
     found: dict[int, list[Found]] = {}
     for world in {case.world for case in CASES}:
         numbers = [number for number, case in enumerate(CASES) if case.world == world]
-        paths = [starts["wide" if CASES[number].config is WIDE else "small"] for number in numbers]
+        paths = [next(start for config, start in starts if config is CASES[number].config) for number in numbers]
         ranks = run_ranks(count, world, paths, [CASES[number] for number in numbers], timeout=200)
         found |= {number: [rank[place] for rank in ranks] for place, number in enumerate(numbers)}
     return found

@@ -51,6 +51,8 @@ JOBS: list[tuple[int, list[Case]]] = [
             Case(layout("megatron", 2, sequence=True), STEPS, aligned=True, config=PLAIN),
             Case(layout("megatron", 1, 2, zero=0, micro_batches=4), STEPS, config=PLAIN),
             Case(layout("deepspeed", zero=3), STEPS, config=PLAIN),
+            Case(layout("deepspeed", zero=2, micro_batches=2), STEPS, aligned=True, config=PLAIN),
+            Case(layout("megatron", 1, 2, 2, zero=0, micro_batches=4), STEPS, aligned=True, config=PLAIN),
         ],
     ),
 ]
