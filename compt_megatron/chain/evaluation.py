@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from compt_megatron.chain.member import Member
-from compt_megatron.chain.train import Position
+from compt_megatron.chain.progress import Position
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.data.evaluation import EvalSet
 from compt_megatron.data.source import ShardSource

@@ -23,7 +23,9 @@ from compt_megatron.chain.initial import write_initial
 from compt_megatron.chain.ledger import Entry, Ledger
 from compt_megatron.chain.member import Member, control_members, link_members
 from compt_megatron.chain.planner import check_recipe
-from compt_megatron.chain.train import Position, Progress, StopFlag, Watch, train_member
+from compt_megatron.chain.progress import Position, Progress
+from compt_megatron.chain.stop_flag import StopFlag
+from compt_megatron.chain.train import Watch, train_member
 from compt_megatron.checkpoint.api import check
 from compt_megatron.checkpoint.commit import read_pointer
 from compt_megatron.checkpoint.digest import weight_hash

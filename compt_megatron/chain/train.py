@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,9 +14,11 @@ from compt_megatron.align.alignment import Alignment
 from compt_megatron.align.projection import Projections
 from compt_megatron.align.teacher import Teacher
 from compt_megatron.chain.ledger import Entry
+from compt_megatron.chain.link_checkpoints import recorded_state, remove_leftovers, save
 from compt_megatron.chain.member import Member
-from compt_megatron.checkpoint.commit import committed, is_partial, read_pointer, remove_checkpoint, write_pointer
-from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.chain.progress import Clock, Position, Progress, total_steps
+from compt_megatron.chain.stop_flag import StopFlag
+from compt_megatron.checkpoint.commit import read_pointer
 from compt_megatron.data.batch import Batch
 from compt_megatron.data.loader import TrainLoader
 from compt_megatron.data.source import ShardSource
@@ -42,16 +39,6 @@ from compt_megatron.recipe.sections import CheckpointSettings, ReportSettings
 _ALIGN_NOISE = {"fp32": 1e-6, "bf16": 1e-2}
 
 
-@dataclass(frozen=True)
-class Position:
-    """How far a training has come: `macs` counts the chain's compute up to here, predecessors included."""
-
-    step: int
-    epoch: float
-    samples: int
-    macs: float
-
-
 @dataclass
 class Watch:
     """What the loop reports to, and what it asks: the run's log, its console, an evaluation, a request to stop."""
@@ -62,56 +49,6 @@ class Watch:
     report: ReportSettings
     evaluate: Callable[[TrainingEngine, Position], None]
     stop: StopFlag
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or SIGINT: finish the step, write a checkpoint, leave with exit status 3."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    @contextmanager
-    def listening(self) -> Iterator[StopFlag]:
-        """Handle the signals within the block (main thread only), and restore the old handlers after it."""
-        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        before = {number: signal.signal(number, self) for number in signals}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@dataclass
-class Progress:
-    """Where the training of a link stands and what it has cost."""
-
-    total_steps: int
-    steps_per_epoch: int
-    streams: int
-    macs_per_sample: dict[str, float]
-    samples: int = 0
-    aligned_samples: int = 0
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    skipped: int = 0
-    loss: float | None = None
-    align_at_step0: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def macs(self) -> dict[str, float]:
-        """Multiply-accumulates so far. The second forward of cached gradients is reported, but not in the total:
-        it buys memory, not training."""
-        costs = {key: value * self.samples for key, value in self.macs_per_sample.items()}
-        costs["teacher"] = self.macs_per_sample["teacher"] * self.aligned_samples
-        return costs | {"total": costs["train"] + costs["teacher"]}
-
-    def position(self, step: int, entry: Entry) -> Position:
-        macs = entry.chain_macs_before + self.macs["total"]
-        return Position(step, step / self.steps_per_epoch, self.samples, macs)
 
 
 def open_loader(
@@ -146,18 +83,6 @@ def open_loader(
     )
 
 
-def total_steps(member: Member, steps_per_epoch: int, budget_macs: float | None) -> int:
-    """Steps of a member's training: as said, by epochs, or (controls) by the compute it may spend."""
-    if not member.train:
-        return 0
-    if member.steps is not None:
-        return member.steps
-    if member.epochs is not None:
-        return max(1, round(member.epochs * steps_per_epoch))
-    assert budget_macs is not None, "a member without a length has a budget"
-    return max(1, math.floor(budget_macs / (member.macs_per_sample(None)["train"] * member.settings.data.batch_size)))
-
-
 def train_member(
     member: Member, entry: Entry, run_dir: Path, parent_checkpoint: Path | None, runtime: Runtime, watch: Watch,
     resume_from: Path | None = None,
@@ -168,10 +93,10 @@ def train_member(
     when a signal asked to stop, and UserError for what the user can mend.
     """
     folder = run_dir / member.name / "checkpoints"
-    _remove_leftovers(folder, runtime)
+    remove_leftovers(folder, runtime)
     newest = resume_from or read_pointer(folder)
     start_from = newest or run_dir / (entry.initial or "")
-    train_state = _peek(newest, member) if newest else {}
+    train_state = recorded_state(newest, member) if newest else {}
     topology = Topology.start(member.settings.parallel)
     loader = open_loader(
         member,
@@ -185,19 +110,8 @@ def train_member(
     steps_per_epoch = max(1, samples // loader.batch_size) if samples else loader.steps_per_epoch
     steps = total_steps(member, steps_per_epoch, entry.budget_macs)
     teacher, alignment, projections = _alignment(member, parent_checkpoint, steps, runtime, topology)
-    progress = Progress(
-        steps,
-        steps_per_epoch,
-        loader.streams,
-        member.macs_per_sample(teacher.spec if teacher else None),
-        wall_s=train_state.get("wall_s", 0.0),
-        cpu_s=train_state.get("cpu_s", 0.0),
-        samples=train_state.get("samples", 0),
-        aligned_samples=train_state.get("aligned_samples", 0),
-        skipped=train_state.get("skipped", 0),
-        loss=train_state.get("loss"),
-        align_at_step0=train_state.get("align_at_step0", {}),
-    )
+    macs = member.macs_per_sample(teacher.spec if teacher else None)
+    progress = Progress.resumed(train_state, steps, steps_per_epoch, loader.streams, macs)
     engine = engine_class(member.settings.parallel)(
         member.spec,
         member.settings,
@@ -237,7 +151,7 @@ def _loop(
     evaluate_every = member.settings.evaluate.every_epochs
     evaluate_steps = max(1, round(evaluate_every * progress.steps_per_epoch)) if evaluate_every else 0
     throughput = Throughput(sum(progress.macs_per_sample.values()), _peak(runtime, member))
-    clock, cpu_clock = _Clock(time.perf_counter), _Clock(time.process_time)
+    clock, cpu_clock = Clock(time.perf_counter), Clock(time.process_time)
     watch.console.begin_link(member.name, progress.total_steps, engine.global_step)
     batches = iter(loader)
     saved_at = engine.global_step if engine.global_step else -1
@@ -245,7 +159,7 @@ def _loop(
         batch = _next_batch(batches, watch.stop, runtime)
         if batch is None:
             if saved_at != engine.global_step:
-                _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
+                save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
             where = f"step {engine.global_step} of {progress.total_steps}"
             raise StopRequested(f"{member.name}: stopped at {where}; give the same command again to go on")
         if engine.global_step == 0:
@@ -272,7 +186,7 @@ def _loop(
             watch.console.advance(step)
         throughput.pause()
         if step % save_every == 0 or last:
-            _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
+            save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
             saved_at = step
         if evaluate_steps and step % evaluate_steps == 0 and not last:
             watch.evaluate(engine, progress.position(step, entry))
@@ -280,7 +194,7 @@ def _loop(
         clock.lap()
         cpu_clock.lap()
     if progress.total_steps and saved_at != progress.total_steps:
-        _save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
+        save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
     if member.settings.evaluate.at_end and progress.total_steps:
         watch.evaluate(engine, progress.position(engine.global_step, entry))
 
@@ -314,18 +228,6 @@ def _layout_line(member: Member, topology: Topology) -> str:
     run = parallel.as_run(topology.data, member.settings.precision).zero
     alone = f" (run as {run}: one data-parallel rank)" if run != parallel.zero else ""
     return f"engine {parallel.engine}, {split}, ZeRO {parallel.zero}{alone}"
-
-
-class _Clock:
-    """Seconds since the last lap."""
-
-    def __init__(self, read: Any) -> None:
-        self._read, self._last = read, read()
-
-    def lap(self) -> float:
-        now = self._read()
-        passed, self._last = now - self._last, now
-        return passed
 
 
 def _peak(runtime: Runtime, member: Member) -> float | None:
@@ -375,59 +277,3 @@ def _alignment(
     exact = member.grow is not None and member.grow.operator == "exact"
     projections = Projections.between(member.spec, teacher.spec, member.settings.seed, leading=exact)
     return teacher, alignment, projections
-
-
-def _remove_leftovers(folder: Path, runtime: Runtime) -> None:
-    """Free the disk of what a killed run was writing or deleting. Collective."""
-    with runtime.main_first():
-        if runtime.is_main and folder.is_dir():
-            for path in folder.iterdir():
-                if is_partial(path) and path.is_dir():
-                    shutil.rmtree(path)
-
-
-def _peek(checkpoint: Path, member: Member) -> dict[str, Any]:
-    """The training position that a run checkpoint of the member records. UserError if it is another
-    model's, or has no optimizer state."""
-    reader = open_reader(checkpoint, member.spec)
-    try:
-        if not any(name.startswith("exp_avg/") for name in reader.tensors()):
-            raise UserError(
-                f"{checkpoint}: holds weights only, no training to go on with; name it as the link's 'init'"
-            )
-        return dict(reader.metadata().get("train") or {})
-    finally:
-        reader.close()
-
-
-def _save(
-    engine: TrainingEngine,
-    folder: Path,
-    progress: Progress,
-    lineage: list[dict[str, Any]],
-    keep: int,
-    runtime: Runtime,
-) -> None:
-    """Write a checkpoint, move the pointer to it, then delete those that are over `keep`."""
-    name = f"step_{engine.global_step:08d}"
-    train = {
-        "step": engine.global_step,
-        "samples": progress.samples,
-        "aligned_samples": progress.aligned_samples,
-        "epoch": engine.global_step / progress.steps_per_epoch,
-        "streams": progress.streams,
-        "total_steps": progress.total_steps,
-        "wall_s": progress.wall_s,
-        "cpu_s": progress.cpu_s,
-        "skipped": progress.skipped,
-        "loss": progress.loss,
-        "align_at_step0": progress.align_at_step0,
-        "world": runtime.world,
-    }
-    engine.save(folder / name, train, lineage)
-    with runtime.main_first():
-        if runtime.is_main:
-            write_pointer(folder, name)
-            # Those of later steps are of a past that --resume PATH left: not counted, and never removed.
-            for old in [path for path in committed(folder) if path.name <= name][:-keep]:
-                remove_checkpoint(old)
