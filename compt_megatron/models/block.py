@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -24,10 +25,27 @@ from compt_megatron.spec.table import Tower
 
 Recompute = Literal["none", "selective", "full"]
 
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """OpenAI CLIP's approximation of GELU: x · sigmoid(1.702 x), elementwise."""
     return x * torch.sigmoid(1.702 * x)
+
+
+tanh_gelu = partial(F.gelu, approximate="tanh")  # GPT-2's GELU
+
+ACTIVATIONS: dict[str, Any] = {
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -41,6 +59,23 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last dimension; statistics in fp32 for bf16 inputs. Marked like LayerNorm, see there."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of each query or key by itself (Qwen3). Tensor-parallel ranks have different heads, so its gradient is
+    always to be summed over them: the mark says so."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.weight.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -82,15 +117,36 @@ class ScaledRowLinear(RowLinear):
         return output * self.gamma, None if bias is None else bias * self.gamma
 
 
+class PlainColumnLinear(ColumnLinear):
+    """ColumnLinear without a bias, whatever megatron-core's one setting for all linears says."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": False})
+
+
+class PlainRowLinear(RowLinear):
+    """RowLinear without a bias."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": False})
+
+
 def transformer_config(
-    tower: Tower, dtype: torch.dtype, recompute: Recompute, part: ModelPart, sequence: bool = False
+    tower: Tower,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    part: ModelPart,
+    sequence: bool = False,
+    attention: float = 1.0,
 ) -> TransformerConfig:
     """megatron-core's settings for `tower`, split as `part` says.
 
     `recompute`: what the backward pass computes again, core attention (`selective`) or whole blocks (`full`);
-    `sequence`: sequence parallelism.
+    `sequence`: sequence parallelism; `attention`: a factor on the attention scores.
     """
     options: dict[str, Any] = {"sequence_parallel": sequence}
+    if attention != 1.0:
+        options["softmax_scale"] = attention * tower.head_dim**-0.5
     if recompute == "full":
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
@@ -112,7 +168,10 @@ def _config(tower: Tower, dtype: torch.dtype, part: ModelPart, options: dict[str
         num_attention_heads=tower.heads,
         kv_channels=tower.head_dim,
         ffn_hidden_size=tower.mlp,
-        activation_func={"gelu": F.gelu, "quick_gelu": quick_gelu}[tower.activation],
+        num_query_groups=tower.groups,
+        activation_func=ACTIVATIONS[tower.activation],
+        gated_linear_unit=tower.gated,
+        normalization="RMSNorm" if tower.norm == "rms" else "LayerNorm",
         layernorm_epsilon=tower.norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -132,22 +191,33 @@ def _config(tower: Tower, dtype: torch.dtype, part: ModelPart, options: dict[str
     )
 
 
-def layer_spec(tower: Tower) -> ModuleSpec:
+def layer_spec(tower: Tower, biased: Collection[str] | None = None) -> ModuleSpec:
     """The pre-norm layer x + attention(ln_1 x), x + mlp(ln_2 x), both scaled where the tower has a layer scale.
 
-    Files name its norms as Transformer Engine does.
+    `biased`: those of LINEARS that have a bias (None: all). Files name its norms as Transformer Engine does.
     """
-    mask = AttnMaskType.causal if tower.causal else AttnMaskType.no_mask
+    qkv, proj, fc1, fc2 = (biased is None or name in biased for name in LINEARS)
     last = ScaledRowLinear if tower.layer_scale else RowLinear  # of attention and of MLP
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnLinear, core_attention=SdpaAttention, linear_proj=last)
+    norm, inside = RMSNorm if tower.norm == "rms" else LayerNorm, HeadNorm if tower.head_norm else None
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnLinear if qkv else PlainColumnLinear,
+        core_attention=SdpaAttention,
+        linear_proj=last if proj else PlainRowLinear,
+        q_layernorm=inside,
+        k_layernorm=inside,
+    )
+    mask = AttnMaskType.causal if tower.causal else AttnMaskType.no_mask
+    mlp = MLPSubmodules(
+        linear_fc1=ColumnLinear if fc1 else PlainColumnLinear, linear_fc2=last if fc2 else PlainRowLinear
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=LayerNorm,
-            mlp=_mlp_spec(last),
+            pre_mlp_layernorm=norm,
+            mlp=_mlp_spec(mlp),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -157,8 +227,7 @@ def layer_spec(tower: Tower) -> ModuleSpec:
     )
 
 
-def _mlp_spec(last: type[RowLinear]) -> Any:
-    submodules = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=last)
+def _mlp_spec(submodules: MLPSubmodules) -> Any:
     if hasattr(MLP, "as_mlp_submodule"):  # megatron-core >= 0.18 takes a callable and warns about a ModuleSpec
         return partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(MLP, submodules=submodules)

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compt_megatron.models.block import Recompute, transformer_config
+from compt_megatron.checkpoint.contract import Layout
+from compt_megatron.checkpoint.megatron_layout import obstacle
+from compt_megatron.errors import UserError
+from compt_megatron.models.block import ACTIVATIONS, LINEARS, Recompute, transformer_config
 from compt_megatron.models.clip import ClipModel
 from compt_megatron.models.groups import ensure_groups, have_groups, model_groups
+from compt_megatron.models.language import LanguageModel
 from compt_megatron.models.part import ModelPart
+from compt_megatron.models.rotary import Rotary
 from compt_megatron.models.towers import TextTower, TowerPlace, VisionTower
+from compt_megatron.spec.huggingface_names import embedding_key
 from compt_megatron.spec.megatron_names import megatron_place
 from compt_megatron.spec.table import ModelSpec
 
@@ -39,9 +45,7 @@ def build_model(
     there are none. `recompute`: the activations that the backward pass computes again (in training mode only);
     `sequence`: sequence parallelism.
     """
-    if not have_groups():
-        ensure_groups()
-    build = _Builder(spec, dtype, recompute, sequence, part or ModelPart.current(spec), chunk, groups or model_groups())
+    build = _builder(spec, dtype, recompute, sequence, part, chunk, groups)
     with torch.device("meta" if meta else device):
         model = ClipModel(build.vision(), build.text())
         for name in ("logit_scale", "logit_bias"):
@@ -49,6 +53,66 @@ def build_model(
                 setattr(model, name, nn.Parameter(torch.empty(1, dtype=dtype)))
     _mark_split(model, build.part, chunk)
     return model
+
+
+def build_language_model(
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    recompute: Recompute = "none",
+    sequence: bool = False,
+    meta: bool = False,
+    part: ModelPart | None = None,
+    chunk: int = 0,
+    groups: ProcessGroupCollection | None = None,
+) -> LanguageModel:
+    """Like `build_model`, for the spec of a language model.
+
+    Raises UserError where the layout does not suit it (fewer query groups than tensor-parallel ranks, say), or for an
+    activation or a rotary scaling that is not supported.
+    """
+    build = _builder(spec, dtype, recompute, sequence, part, chunk, groups)
+    _check(build.part)
+    with torch.device("meta" if meta else device):
+        model = build.language()
+    _mark_split(model, build.part, chunk)
+    return model
+
+
+def _builder(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    sequence: bool,
+    part: ModelPart | None,
+    chunk: int,
+    groups: ProcessGroupCollection | None,
+) -> _Builder:
+    if not have_groups():
+        ensure_groups()
+    return _Builder(spec, dtype, recompute, sequence, part or ModelPart.current(spec), chunk, groups or model_groups())
+
+
+def _check(part: ModelPart) -> None:
+    """Raise UserError if a language model cannot be built, or not split as `part` says."""
+    spec, activation = part.spec, part.spec.towers["text"].activation
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"'{spec.name}': activation '{activation}' is not supported in training; those supported: "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    reason = obstacle(spec, Layout(part.tensor, part.pipeline))
+    layers, vocab = spec.towers["text"].layers, spec.params[embedding_key(spec)].shape[0]
+    if reason is None and layers % (part.pipeline * part.virtual):
+        reason = f"it has {layers} layers, which pipeline {part.pipeline} x virtual {part.virtual} does not divide"
+    if reason is None and -(-vocab // part.tensor) * (part.tensor - 1) >= vocab:
+        reason = f"its vocabulary of {vocab} leaves tensor-parallel ranks without an entry"
+    if reason is not None:
+        raise UserError(
+            f"'{spec.name}' cannot be laid out for tensor {part.tensor}, pipeline {part.pipeline}: {reason}; "
+            "use another layout"
+        )
 
 
 def _mark_split(model: nn.Module, part: ModelPart, chunk: int) -> None:
@@ -90,3 +154,22 @@ class _Builder:
         eos = int(self.spec.config["text_cfg"].get("eos_id", 2))  # open_clip's default
         config = transformer_config(tower, self.dtype, self.recompute, self.part, self.sequence)
         return TextTower(tower, config, self._place(), vocab=vocab, eos=eos, joint=self.spec.joint)
+
+    def language(self) -> LanguageModel:
+        tower = self.spec.towers["text"]
+        rotary = None if tower.rope is None else Rotary(self.spec)
+        attention = 1.0 if rotary is None else rotary.attention
+        config = transformer_config(tower, self.dtype, self.recompute, self.part, self.sequence, attention)
+        modules = {
+            megatron_place(self.spec, name).module for name, param in self.spec.params.items() if not param.layer
+        }
+        return LanguageModel(
+            tower,
+            config,
+            self._place(),
+            vocab=self.spec.params[embedding_key(self.spec)].shape[0],
+            biased=[name for name in LINEARS if f"decoder.layers.0.{name}.bias" in modules],
+            rotary=rotary,
+            window=self.spec.identity.get("window"),
+            layers=self.part.layers("text", self.chunk),
+        )

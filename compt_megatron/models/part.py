@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from compt_megatron.spec.megatron_names import megatron_place, place_on_rank
+from compt_megatron.spec.huggingface_names import embedding_key
+from compt_megatron.spec.megatron_names import OUTPUT_LAYER, megatron_place, place_on_rank
 from compt_megatron.spec.table import ModelSpec
 
 Region = tuple[slice, ...]
@@ -70,6 +72,12 @@ class ModelPart:
             return param.layer in self.layers(param.tower, chunk)
         return self.is_first(chunk) if param.stage == "pre" else self.is_last(chunk)
 
+    def copied_head(self, chunk: int = 0) -> bool:
+        """Whether a chunk has a copy of the token embedding, on another stage, as its head (a module parameter by name
+        OUTPUT_LAYER). Both copies step alike: `models.tied` sums their gradients; files hold the first stage's."""
+        tied = self.spec.is_language_model and self.spec.towers["text"].tied
+        return tied and self.is_last(chunk) and not self.is_first(chunk)
+
     # -- which rows --------------------------------------------------------------------------------------------------
 
     def is_split(self, name: str) -> bool:
@@ -77,15 +85,17 @@ class ModelPart:
         return self.tensor > 1 and self.spec.params[name].tensor_dim is not None
 
     def box(self, name: str) -> Region:
-        """The region of a parameter that this rank has."""
+        """The region of a parameter that this rank has; of a vocabulary that is padded, the last rank has less."""
         param = self.spec.params[name]
         region = [slice(0, size) for size in param.shape]
         if self.is_split(name):
             dim = param.tensor_dim
             assert dim is not None
-            own = param.shape[dim] // self.tensor
-            assert own * self.tensor == param.shape[dim], f"{name}: {param.shape} is not cut evenly by {self.tensor}"
-            region[dim] = slice(self.tensor_rank * own, (self.tensor_rank + 1) * own)
+            size = param.shape[dim]
+            own = -(-size // self.tensor)
+            padded = self.spec.is_language_model and param.stage != "layer"
+            assert padded or own * self.tensor == size, f"{name}: {param.shape} is not cut evenly by {self.tensor}"
+            region[dim] = slice(min(self.tensor_rank * own, size), min((self.tensor_rank + 1) * own, size))
         return tuple(region)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -106,16 +116,19 @@ class ModelPart:
                         own = param.layer - self.layers(param.tower, chunk).start
                         module = _LAYER.sub(f"decoder.layers.{own}.", module)
                     found.setdefault(module, []).append(name)
+            if self.copied_head(chunk):
+                found[OUTPUT_LAYER] = [embedding_key(self.spec)]
             _names[key] = found
         return _names[key]
 
     def split(self, names: list[str], tensor: Tensor) -> dict[str, Tensor]:
         """Canonical name -> this rank's region of it, from the module parameter (or its gradient or moment) that holds
-        `names`. One that holds a single parameter is not copied."""
+        `names`. One that holds a single parameter is not copied; padding is left out."""
         if len(names) == 1:
             place = place_on_rank(self.spec, names[0], self.tensor)
+            shape = self.shape(names[0])
             oriented = tensor.t() if place.transposed else tensor
-            return {names[0]: oriented.view(self.shape(names[0]))}
+            return {names[0]: oriented[: shape[0]] if self._padding(names[0]) else oriented.view(shape)}
         parts = {}
         for name in names:
             parts[name] = tensor.new_empty(self.shape(name))
@@ -124,10 +137,12 @@ class ModelPart:
         return parts
 
     def fuse(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The inverse of `split`: the module parameter that holds the regions `tensors`."""
+        """The inverse of `split`: the module parameter that holds the regions `tensors`; padding is zero."""
         name, first = next(iter(tensors.items()))
         place = place_on_rank(self.spec, name, self.tensor)
         if len(tensors) == 1:
+            if missing := self._padding(name):
+                return torch.cat([first, first.new_zeros(missing, *first.shape[1:])])
             if place.transposed:
                 return first.t().contiguous()
             return first.view(1) if first.dim() == 0 else first  # modules hold scalars as [1], see ClipModel
@@ -135,6 +150,13 @@ class ModelPart:
         for own, fused in self._views(tensors, whole):
             fused.copy_(own)
         return whole
+
+    def _padding(self, name: str) -> int:
+        """Rows of this rank's module parameter that are no vocabulary entries."""
+        param = self.spec.params[name]
+        if not self.is_split(name) or param.stage == "layer":
+            return 0
+        return place_on_rank(self.spec, name, self.tensor).shape[0] - self.shape(name)[0]
 
     def _views(self, tensors: dict[str, Tensor], fused: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For each run of rows that the regions `tensors` have in the `fused` one: a view of it in either."""

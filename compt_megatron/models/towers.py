@@ -6,6 +6,7 @@ stage of a pipeline, without embeddings or without the head; dropout is 0 throug
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -52,10 +53,15 @@ class TowerPlace(NamedTuple):
     groups: ProcessGroupCollection
 
 
-class _TowerBase(MegatronModule):
-    """What both towers share: the block and what megatron's pipeline schedules ask of a model."""
+class TowerBase(MegatronModule):
+    """What all towers share: the block and what megatron's pipeline schedules ask of a model.
 
-    def __init__(self, tower: Tower, config: TransformerConfig, place: TowerPlace) -> None:
+    `biased`: see `layer_spec`.
+    """
+
+    def __init__(
+        self, tower: Tower, config: TransformerConfig, place: TowerPlace, biased: Collection[str] | None = None
+    ) -> None:
         super().__init__(config=config)
         self.tower, self.vp_stage, self.tensor_group = tower, place.vp_stage, place.groups.tp
         self.pre_process, self.post_process = place.pre_process, place.post_process
@@ -63,7 +69,7 @@ class _TowerBase(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.decoder = TransformerBlock(
             config,
-            layer_spec(tower),
+            layer_spec(tower, biased),
             post_layer_norm=False,  # the final norm is applied to the pooled token only
             pre_process=place.pre_process,
             post_process=place.post_process,
@@ -76,8 +82,12 @@ class _TowerBase(MegatronModule):
     @property
     def sequence_length(self) -> int:
         """Tokens inside the tower: under sequence parallelism padded to a multiple of the tensor-parallel ranks."""
+        return self.padded(self.tower.tokens)
+
+    def padded(self, tokens: int) -> int:
+        """Tokens inside the tower where `tokens` go in."""
         parts = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return -(-self.tower.tokens // parts) * parts
+        return -(-tokens // parts) * parts
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the activations [tokens, b, width] of the stage before instead of embedding anything."""
@@ -87,8 +97,11 @@ class _TowerBase(MegatronModule):
         """This rank's tokens of [tokens, b, width] under sequence parallelism."""
         if not self.config.sequence_parallel:
             return hidden
-        hidden = F.pad(hidden, (0, 0, 0, 0, 0, self.sequence_length - hidden.shape[0]))
+        hidden = F.pad(hidden, (0, 0, 0, 0, 0, self._inside(hidden.shape[0]) - hidden.shape[0]))
         return scatter_to_sequence_parallel_region(hidden, group=self.tensor_group)
+
+    def _inside(self, tokens: int) -> int:
+        return self.sequence_length
 
     def _collect(self, hidden: Tensor) -> Tensor:
         """All tokens, the padding too. What follows is the same on all ranks, and so is its gradient."""
@@ -107,7 +120,7 @@ class _TowerBase(MegatronModule):
         return norm
 
 
-class VisionTower(_TowerBase):
+class VisionTower(TowerBase):
     """images [b, 3, H, W] -> features [b, joint], not normalised; `joint` is the joint width or the classes."""
 
     def __init__(
@@ -151,7 +164,7 @@ class VisionTower(_TowerBase):
         return pooled @ self.projection
 
 
-class TextTower(_TowerBase):
+class TextTower(TowerBase):
     """token ids [b, n] (n up to the context length) -> features [b, joint], not normalised."""
 
     def __init__(

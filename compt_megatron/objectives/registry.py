@@ -9,12 +9,13 @@ from typing import Any
 
 from compt_megatron.errors import UserError
 from compt_megatron.objectives.base import Objective
+from compt_megatron.objectives.causal_lm import CausalLmObjective
 from compt_megatron.objectives.classify import ClassifyObjective
 from compt_megatron.objectives.clip import ClipObjective
 from compt_megatron.objectives.siglip import SigLipObjective
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    objective.name: objective for objective in (ClipObjective, SigLipObjective, ClassifyObjective)
+    objective.name: objective for objective in (ClipObjective, SigLipObjective, ClassifyObjective, CausalLmObjective)
 }
 
 

@@ -14,7 +14,7 @@ from compt_megatron.objectives.registry import OBJECTIVES, build_objective
 
 def test_every_objective_is_built_by_its_name():
     assert {name: build_objective(name).name for name in OBJECTIVES} == {
-        name: name for name in ("clip", "siglip", "classify")
+        name: name for name in ("clip", "siglip", "classify", "causal_lm")
     }
 
 
@@ -22,7 +22,7 @@ def test_every_objective_is_built_by_its_name():
     ("name", "options", "message"),
     [
         ("clipp", {}, "objective.name is 'clipp', which is unknown; did you mean 'clip'?"),
-        ("zzz", {}, "use one of: classify, clip, siglip"),
+        ("zzz", {}, "use one of: causal_lm, classify, clip, siglip"),
         ("clip", {"same_captions": "shared"}, "did you mean 'same_caption'?"),
         ("clip", {"same_caption": "both"}, "use 'separate' or 'shared'"),
         ("siglip", {"same_caption": "both"}, "use 'separate' or 'shared'"),
