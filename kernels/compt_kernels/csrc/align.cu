@@ -73,7 +73,8 @@ template <int THREADS> __device__ inline double whole_of(const Plan& p, double* 
 }
 
 // What a row's loss and gradient are multiplied with. fp16 gradients of a mean would vanish (1e-8 of a row, say): they
-// are held times a power of two, and `unit` undoes it exactly.
+// are held times a power of two, and `unit` undoes it exactly. Slope times scale is about 1/features for unit rows, and
+// about 1 else; held, the gradient lies in the middle of fp16's range.
 struct Factors {
   double loss, slope, unit;
 };
@@ -81,7 +82,8 @@ struct Factors {
 __device__ inline Factors factors(const AlignArgs& a, double whole) {
   const double loss = loss_factor(a.distance, a.features), slope = slope_factor(a.distance, a.features) / whole;
   if (a.student.dtype != F16 || !(slope > 0.)) return {loss, slope, 1.};
-  const double unit = ldexp(1., ilogb(slope));
+  const bool unit_rows = a.norm == NORM_L2 || a.distance == COSINE;
+  const double unit = ldexp(1., ilogb(slope) - (unit_rows && a.features > 8 ? ilogb(double(a.features)) - 3 : 0));
   return {loss, slope / unit, unit};
 }
 

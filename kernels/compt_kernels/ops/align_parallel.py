@@ -6,6 +6,7 @@ One operator holds the passes over the features and the collectives between them
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -161,7 +162,9 @@ def _align_parallel(
     constant = {"mse": 2 / features, "cosine": 1.0, "smooth_l1": 1 / features}[_name(DISTANCES, distance)]
     factor = counts * constant / divisor
     if student.dtype == torch.float16:  # held_unit
-        unit = torch.exp2(torch.floor(torch.log2(constant / divisor)))
+        unit_rows = norm == NORMS["l2"] or distance == DISTANCES["cosine"]
+        spread = max(math.frexp(features)[1] - 4, 0) if unit_rows else 0
+        unit = torch.exp2(torch.floor(torch.log2(constant / divisor)) - spread)
         factor = factor / unit
     centred = norm == NORMS["layer"]
     along = torch.zeros_like(counts)
