@@ -13,13 +13,14 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from compt_megatron import __version__
 from compt_megatron.cli_exit import guarded
-from compt_megatron.cli_parser import Parser, count, parse
+from compt_megatron.cli_parser import Commands, Parser, count, parse
 from compt_megatron.errors import Terminated, UserError
 from compt_megatron.spec.table import ModelSpec
 
@@ -193,6 +194,29 @@ def emoji(args: Arguments) -> None:
 
     built = build_emoji(args.dst, args.size, work_dir=args.work_dir)
     print(f"{built.path}: " + ", ".join(f"{count} {split}" for split, count in built.samples.items()))
+
+
+def text(args: Arguments) -> None:
+    from compt_megatron.data.text.build import Request, build_text
+
+    *sources, args.dst = args.paths
+    if not sources:
+        raise UserError("compt data text: give the corpus and DST, the new folder; see `compt data text --help`")
+    request = Request(
+        tokenizer=args.tokenizer,
+        train_bpe=args.train_bpe,
+        append_eod=args.append_eod,
+        eod_token=args.eod,
+        field=args.field,
+        lines=args.lines,
+        held_out=args.held_out,
+        by_file=args.split_by == "file",
+    )
+    with _terminable(), _transfer(args) as transfer:
+        record = build_text(sources, args.dst, request, workers=args.workers, progress=transfer)
+    splits = [f"{name}: {size.documents} documents, {size.tokens} tokens" for name, size in record.splits.items()]
+    line = f"{args.dst}: " + "; ".join([*splits, f"vocabulary {record.vocab_size}"])
+    _show(args, asdict(record), lambda _: print("\n".join([line, transfer.summary()])))
 
 
 def doctor(args: Arguments) -> None:
@@ -373,15 +397,51 @@ def build_parser() -> Parser:
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run folder")
     command.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
 
-    command = commands.add("data", emoji, "build a data set", "compt data emoji my-emoji --size 64")
-    command.add_argument("set", choices=("emoji",), help="the data set")
-    command.add_argument("dst", type=Path, metavar="DST", help="a new folder")
-    command.add_argument("--size", type=int, default=32, metavar="N", help="pixels of a side (default: 32)")
-    command.add_argument("--work-dir", type=Path, metavar="DIR", help="keeps the downloaded packages")
+    sets = commands.add("data", emoji, "build a data set", "compt data emoji my-emoji --size 64")
+    _add_data_sets(sets.add_commands("SET", required=True))
 
     command = commands.add("doctor", doctor, "what this machine has, what is missing for what", "compt doctor")
     command.json()
     return parser
+
+
+def _add_data_sets(sets: Commands) -> None:
+    summary = "build the built-in pictures and captions"
+    command = sets.add("emoji", emoji, summary, "compt data emoji my-emoji --size 64")
+    command.add_argument("dst", type=Path, metavar="DST", help="a new folder")
+    command.add_argument("--size", type=int, default=32, metavar="N", help="pixels of a side (default: 32)")
+    command.add_argument("--work-dir", type=Path, metavar="DIR", help="keeps the downloaded packages")
+
+    example = "compt data text corpus/ my-text --tokenizer llama/ --append-eod --workers 8"
+    command = sets.add("text", text, "turn text into token ids, as Megatron's indexed datasets", example)
+    help_text = "files or folders of .txt and .jsonl (.gz, .zst), then DST, a new folder"
+    command.usage = "compt data text SRC [SRC ...] DST (--tokenizer PATH | --train-bpe VOCAB) [options]"
+    command.add_argument("paths", nargs="+", metavar="SRC ... DST", help=help_text)
+    help_text = "a Hugging Face tokenizer.json, or a folder that holds one"
+    command.add_argument("--tokenizer", metavar="PATH", help=help_text)
+    command.add_argument("--train-bpe", type=count, metavar="VOCAB", help="train a BPE of so many tokens first")
+    command.add_argument("--append-eod", action="store_true", help="end each document with the token for that")
+    command.add_argument("--eod", metavar="TOKEN", help="that token, where the tokenizer does not say which")
+    help_text = "where the text is in a line of a .jsonl file (default: text)"
+    command.add_argument("--field", default="text", metavar="NAME", help=help_text)
+    command.add_argument("--lines", action="store_true", help="each line of a .txt file is a document, not the file")
+    help_text = "the share of documents, such as 0.05, that become the split held_out (default: 0)"
+    command.add_argument("--held-out", type=_share, default=0.0, metavar="X", help=help_text)
+    help_text = "hold out documents (default) or whole files"
+    command.add_argument("--split-by", choices=("document", "file"), default="document", help=help_text)
+    help_text = "processes that share the work (default: 1)"
+    command.add_argument("--workers", type=count, default=1, metavar="N", help=help_text)
+    command.json()
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share of at least 0 and less than 1, such as 0.05")
+    return value
 
 
 def _noise(text: str) -> float:

@@ -34,6 +34,7 @@ _EXTRA_OF = {
     **dict.fromkeys(("megatron", "deepspeed", "open_clip", "torchvision", "timm", "webdataset", "matplotlib"), "train"),
     **dict.fromkeys(("tensorboard", "psutil"), "train"),
     **dict.fromkeys(("emoji", "resvg_py", "PIL"), "data"),
+    **dict.fromkeys(("tokenizers", "zstandard"), "llm"),
 }
 
 

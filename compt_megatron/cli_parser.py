@@ -23,8 +23,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
-    def add_commands(self) -> Commands:
-        self.commands = Commands(self.add_subparsers(metavar="COMMAND", parser_class=Parser))
+    def add_commands(self, metavar: str = "COMMAND", required: bool = False) -> Commands:
+        self.commands = Commands(self.add_subparsers(metavar=metavar, required=required, parser_class=Parser))
         return self.commands
 
     def recipe(self) -> None:
@@ -87,7 +87,8 @@ class Commands:
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of one command. Overrides may stand anywhere after the recipe. Raises UserError for a mistake."""
+    """The arguments of one command. Overrides may stand anywhere after the recipe, paths anywhere among the options.
+    Raises UserError for a mistake."""
     given = _without_local_rank(sys.argv[1:] if argv is None else argv)
     assert parser.commands is not None
     names = list(parser.commands.parsers)
@@ -102,9 +103,21 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         # argparse gives a starred positional only the arguments that directly follow the one before it
         args.overrides = [*args.overrides, *(text for text in left if "=" in text and not text.startswith("-"))]
         left = [text for text in left if "=" not in text or text.startswith("-")]
+    if hasattr(args, "paths"):
+        args.paths = [*args.paths, *(text for text in left if not text.startswith("-"))]
+        left = [text for text in left if text.startswith("-")]
     if left:
-        raise UserError(_unknown(left[0], given[0], parser.commands.parsers.get(given[0], parser)))
+        raise UserError(_unknown(left[0], _innermost(parser, given)))
     return args
+
+
+def _innermost(parser: Parser, given: Sequence[str]) -> Parser:
+    """The parser of the command that the arguments begin with."""
+    for text in given:
+        if parser.commands is None or text not in parser.commands.parsers:
+            break
+        parser = parser.commands.parsers[text]
+    return parser
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:
@@ -122,11 +135,11 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def _unknown(text: str, name: str, parser: Parser) -> str:
+def _unknown(text: str, parser: Parser) -> str:
     if not text.startswith("-"):
-        return f"compt {name}: unexpected {text!r}; see `compt {name} --help`"
+        return f"{parser.prog}: unexpected {text!r}; see `{parser.prog} --help`"
     options = [option for action in parser._actions for option in action.option_strings]
     near = difflib.get_close_matches(text.partition("=")[0], options, n=1)
-    return f"compt {name}: unknown option {text!r}; " + (
-        f"did you mean {near[0]!r}?" if near else f"see `compt {name} --help`"
+    return f"{parser.prog}: unknown option {text!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"see `{parser.prog} --help`"
     )

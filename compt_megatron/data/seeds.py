@@ -20,6 +20,8 @@ class Use(IntEnum):
     WINDOW = 2
     AUGMENT = 3
     CAPTIONS = 4
+    DOCUMENTS = 5
+    SEQUENCES = 6
 
 
 def mix(*parts: int) -> int:

@@ -54,7 +54,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "argument --operator: invalid choice: 'best'",
         ),
         (["report", "nowhere"], "compt: nowhere: no such run folder"),
-        (["data", "text", "x"], "argument set: invalid choice: 'text'"),
+        (["data", "txt", "x"], "compt data: argument SET: invalid choice: 'txt'"),
+        (["data"], "compt data: the following arguments are required: SET"),
+        (["data", "emoji", "x", "--sise", "3"], "compt data emoji: unknown option '--sise'; did you mean '--size'?"),
     ],
 )
 def test_a_mistake_is_exit_2_and_one_line(

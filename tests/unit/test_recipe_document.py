@@ -37,6 +37,9 @@ def test_every_command_and_option_is_documented() -> None:
     for name, parser in commands.parsers.items():
         start = page.index(f"## compt {name}\n")
         section = page[start : page.find("\n## ", start + 1)]
-        for action in parser._actions:
+        inner = parser.commands.parsers if parser.commands else {}
+        for action in [action for one in (parser, *inner.values()) for action in one._actions]:
             if action.option_strings and not {"-h", "--debug"} & set(action.option_strings):
                 assert f"`{action.option_strings[0]}" in section, f"{name} {action.option_strings[0]}"
+        for command in inner.values():
+            assert f"\n`{command.prog} " in section
