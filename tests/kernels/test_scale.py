@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from compt_kernels.build import load_emulated
 from compt_kernels.ops.scale import scaled
 

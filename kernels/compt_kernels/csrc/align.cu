@@ -126,8 +126,9 @@ template <int THREADS, int VECTORS, class F> __device__ inline void each(int lan
 template <bool SMOOTH, int THREADS, int VECTORS>
 __device__ inline void compare(Held<THREADS, VECTORS>& row, const Affine& as, const Affine& at, int lane,
                                const AlignArgs& a, float (&sums)[3]) {
+  const float offset = offset_of(as, at);
   each<THREADS, VECTORS>(lane, a.features, [&](int v, int i) {
-    const float e = difference(row.s[v][i], as, row.t[v][i], at);
+    const float e = difference(row.s[v][i], as, row.t[v][i], at, offset);
     const float x = (row.s[v][i] - as.mean) * as.scale;
     float slope;
     sums[0] += share<SMOOTH>(e, a.beta, slope);
@@ -245,8 +246,9 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? 128 : T
     float scale = 0.f, row_loss = 0.f;
     Projection through = {0.f, 0.f};
     Affine as = {0.f, 1.f, true}, at = as;
+    float offset = 0.f;
     auto slope_at = [&](int64_t c, float& part) {
-      const float e = difference(student(c), as, teacher(c), at);
+      const float e = difference(student(c), as, teacher(c), at, offset);
       float slope;
       part = a.distance == SMOOTH_L1 ? share<true>(e, a.beta, slope) : share<false>(e, a.beta, slope);
       return slope;
@@ -271,6 +273,7 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? 128 : T
       }
       as = affine_from(s_mean, squares[0], a.features, a.norm, a.distance);
       at = affine_from(t_mean, squares[1], a.features, a.norm, a.distance);
+      offset = offset_of(as, at);
       if (as.live && at.live) {
         float sums[3] = {0.f, 0.f, 0.f};
         for (int64_t c = lane; c < a.features; c += THREADS) {

@@ -39,8 +39,9 @@ template <Pass PASS> __global__ void __launch_bounds__(BLOCK) align_part(AlignPa
     if (lane == 0) a.sums[row] = sums[0], a.sums[rows + row] = sums[1];
   } else {
     const Affine as = affine_of(a, row, rows, 0), at = affine_of(a, row, rows, 1);
+    const float offset = offset_of(as, at);
     auto slope_at = [&](int64_t c, float& part) {
-      const float e = difference(student(c), as, teacher(c), at);
+      const float e = difference(student(c), as, teacher(c), at, offset);
       float slope;
       part = a.distance == SMOOTH_L1 ? share<true>(e, a.beta, slope) : share<false>(e, a.beta, slope);
       return slope;
