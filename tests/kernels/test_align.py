@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from compt_kernels.align import align_loss, align_loss_parallel
-from compt_kernels.build import build, emulated_toolchain, load_emulated
+from compt_kernels.build import load_emulated
 from compt_kernels.ops.align import align_projected
+from tests.kernels.emulated import schedule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS, DISTANCES, REDUCTIONS = ("l2", "layer", "none"), ("mse", "cosine", "smooth_l1"), ("mean", "sum", "none")
@@ -345,19 +345,15 @@ def test_autocast() -> None:
 
 
 def test_repeats_bit_for_bit_whatever_the_order() -> None:
-    seed = ctypes.CDLL(str(build(emulated_toolchain()))).compt_emulator_seed
     torch.manual_seed(7)
-    try:
-        for features in (40, 1544, 77):
-            student, teacher, row_weight = torch.randn(300, features), torch.randn(300, features), torch.rand(300)
-            runs = []
-            for order in (0, 0, 1, 2):
-                seed(order)
+    for features in (40, 1544, 77):
+        student, teacher, row_weight = torch.randn(300, features), torch.randn(300, features), torch.rand(300)
+        runs = []
+        for order in (0, 0, 1, 2):
+            with schedule(order):
                 runs.append(results("emulated", student, teacher, row_weight=row_weight))
-            for run in runs[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
-    finally:
-        seed(0)
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 
 
 @pytest.mark.parametrize("norm", NORMS)
