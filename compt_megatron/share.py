@@ -36,3 +36,10 @@ def total(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.
     if ranks(group)[1] > 1:
         dist.all_reduce(value, group=group)
     return value
+
+
+def several(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+    """`group` (None: the default group) where it has several ranks, None where this process is alone."""
+    if ranks(group)[1] == 1:
+        return None
+    return dist.group.WORLD if group is None else group

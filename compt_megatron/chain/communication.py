@@ -159,12 +159,13 @@ def _gathered(workload: Workload, layout: ParallelSettings) -> float:
 
 
 def _features(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
-    """The contrastive loss: all-gather of every row's features in fp32, reduce-scatter of their gradients."""
-    ranks = data_ranks(layout, world)
+    """The contrastive loss, for each caption of an image: all-gather of the features of images and texts in fp32,
+    reduce-scatter of their gradients. (The CUDA kernels gather the texts alone.)"""
+    ranks, slots = data_ranks(layout, world), workload.captions
     if ranks == 1 or "text" not in workload.spec.towers:
         return
-    whole = workload.batch * (1 + workload.captions) * workload.spec.joint * _FP32
-    yield Traffic("features", "data", 2 * ring(ranks) * whole, 4, ranks, layout.tensor)
+    whole = workload.batch * 2 * slots * workload.spec.joint * _FP32
+    yield Traffic("features", "data", 2 * ring(ranks) * whole, 4 * slots, ranks, layout.tensor)
 
 
 def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:

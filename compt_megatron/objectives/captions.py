@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-import torch.distributed as dist
 
 from compt_megatron.errors import UserError
 from compt_megatron.objectives.base import LabelledBatch
-from compt_megatron.objectives.gather import gather_rows
-from compt_megatron.share import ranks
 
 SameCaption = Literal["separate", "shared"]
 
@@ -21,32 +18,17 @@ def check_same_caption(objective: str, value: str) -> None:
         raise UserError(f"objective.same_caption of '{objective}' is '{value}'; use 'separate' or 'shared'")
 
 
-def own_columns(rows: int, group: dist.ProcessGroup | None, device: torch.device) -> torch.Tensor:
-    """For each of this rank's rows its column among the gathered ones: [rows] int64."""
-    return torch.arange(rows, device=device) + ranks(group)[0] * rows
-
-
-def positives(
-    batch: LabelledBatch | None,
-    rows: int,
-    captions: int,
-    same_caption: SameCaption,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> torch.Tensor | None:
-    """The positive pairs of each caption slot: [captions, rows, world * rows] bool, local rows against all columns.
-
-    None for `separate`, where a row's only positive is its own column. In `shared`, all columns whose caption in that
-    slot has the same tokens; these are compared by 64-bit hashes, gathered over `group`.
-    """
+def caption_labels(
+    batch: LabelledBatch | None, rows: int, captions: int, same_caption: SameCaption, device: torch.device
+) -> list[torch.Tensor | None]:
+    """For each caption slot a label of this rank's rows, [rows] int64, equal where the caption's tokens are (64-bit
+    hashes of them, alike on all ranks); None for `separate`, where a row's only positive is its own column."""
     if same_caption == "separate":
-        return None
+        return [None] * captions
     texts = None if batch is None else batch.texts
     assert texts is not None, "same_caption: shared compares the tokens of the batch"
     assert texts.shape[:2] == (rows, captions), f"texts {tuple(texts.shape)} for {rows} x {captions} pairs"
-    mine = hash_tokens(texts.to(device))
-    everyone = gather_rows(mine, group)
-    return mine.T[:, :, None] == everyone.T[:, None, :]
+    return [*hash_tokens(texts.to(device)).T.contiguous()]
 
 
 def hash_tokens(tokens: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
-from compt_megatron.numerics import full_precision, math_dtype, unit_rows
+from compt_kernels.contrastive import contrastive_loss
+from compt_megatron.numerics import math_dtype, unit_rows
 from compt_megatron.objectives.base import LabelledBatch, ObjectiveResult, slots
-from compt_megatron.objectives.captions import SameCaption, check_same_caption, own_columns, positives
-from compt_megatron.objectives.gather import gather_rows
+from compt_megatron.objectives.captions import SameCaption, caption_labels, check_same_caption
+from compt_megatron.share import several
 
 
 class ClipObjective:
@@ -30,30 +30,13 @@ class ClipObjective:
     def __call__(
         self, outputs: dict[str, torch.Tensor], batch: LabelledBatch | None, group: dist.ProcessGroup | None = None
     ) -> ObjectiveResult:
-        """This rank's share. It holds local rows against gathered columns, never the B x B matrix of all ranks."""
+        """This rank's share. It holds local rows against all columns, never the B x B matrix of all ranks."""
         image, text, scale = outputs["image"], outputs["text"], outputs["logit_scale"]
-        rows, captions = image.shape[0], slots(image, text)
-        dtype = math_dtype(image, text)
-        with full_precision(image.device):
-            image = unit_rows(image.to(dtype))[0]
-            text = unit_rows(text.to(dtype))[0]
-            images = gather_rows(image, group)
-            texts = gather_rows(text, group)
-            same = positives(batch, rows, captions, self.same_caption, group, image.device)
-            own = own_columns(rows, group, image.device)
-            loss = image.new_zeros(())
-            for slot in range(captions):
-                targets = own if same is None else same[slot]
-                image_rows = scale.to(dtype) * (image @ texts[slot::captions].T)
-                text_rows = scale.to(dtype) * (text[slot::captions] @ images.T)
-                loss = loss + _cross_entropy(image_rows, targets) + _cross_entropy(text_rows, targets)
-            loss = loss / (2 * captions * images.shape[0])
+        captions, dtype = slots(image, text), math_dtype(image, text)
+        labels = caption_labels(batch, image.shape[0], captions, self.same_caption, image.device)
+        image, text = unit_rows(image.to(dtype))[0], unit_rows(text.to(dtype))[0]
+        loss = image.new_zeros(())
+        for slot, of_slot in enumerate(labels):
+            loss = loss + contrastive_loss(image, text[slot::captions], scale, of_slot, several(group))
+        loss = loss / captions
         return ObjectiveResult(loss, {"clip": loss.detach()})
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed over rows. logits [rows, columns]; targets [rows] int64, or [rows, columns] bool that share the mass."""
-    if targets.dtype != torch.bool:
-        return F.cross_entropy(logits, targets, reduction="sum")
-    mass = targets.to(logits.dtype)
-    return F.cross_entropy(logits, mass / mass.sum(1, keepdim=True), reduction="sum")

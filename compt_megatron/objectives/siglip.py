@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
+from compt_kernels.contrastive import siglip_loss
 from compt_megatron.errors import UserError
-from compt_megatron.numerics import full_precision, math_dtype, unit_rows
+from compt_megatron.numerics import math_dtype, unit_rows
 from compt_megatron.objectives.base import LabelledBatch, ObjectiveResult, slots
-from compt_megatron.objectives.captions import SameCaption, check_same_caption, own_columns, positives
-from compt_megatron.objectives.gather import gather_rows
+from compt_megatron.objectives.captions import SameCaption, caption_labels, check_same_caption
+from compt_megatron.share import several
 
 
 class SigLipObjective:
@@ -35,19 +35,11 @@ class SigLipObjective:
         bias = outputs.get("logit_bias")
         if bias is None:
             raise UserError("objective 'siglip' needs a logit bias: add \"init_logit_bias\": -10 to the model config")
-        rows, captions = image.shape[0], slots(image, text)
-        dtype = math_dtype(image, text)
-        with full_precision(image.device):
-            image = unit_rows(image.to(dtype))[0]
-            texts = gather_rows(unit_rows(text.to(dtype))[0], group)
-            same = positives(batch, rows, captions, self.same_caption, group, image.device)
-            columns = texts.shape[0] // captions
-            if same is None:
-                own = own_columns(rows, group, image.device)
-                same = F.one_hot(own, columns).bool().expand(captions, rows, columns)
-            loss = image.new_zeros(())
-            for slot in range(captions):
-                logits = scale.to(dtype) * (image @ texts[slot::captions].T) + bias.to(dtype)
-                loss = loss - F.logsigmoid(torch.where(same[slot], logits, -logits)).sum()
-            loss = loss / (captions * columns)
+        captions, dtype = slots(image, text), math_dtype(image, text)
+        labels = caption_labels(batch, image.shape[0], captions, self.same_caption, image.device)
+        image, text = unit_rows(image.to(dtype))[0], unit_rows(text.to(dtype))[0]
+        loss = image.new_zeros(())
+        for slot, of_slot in enumerate(labels):
+            loss = loss + siglip_loss(image, text[slot::captions], scale, bias, of_slot, several(group))
+        loss = loss / captions
         return ObjectiveResult(loss, {"siglip": loss.detach()})

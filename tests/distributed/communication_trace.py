@@ -33,7 +33,7 @@ _OPERATORS = {
 }
 _NO_DATA = {"barrier", "monitored_barrier_"}
 # who asks, by the file it is in; the first that is found up the stack
-_PURPOSES = {"objectives/gather.py": "features", "align/teacher.py": "teacher"}
+_PURPOSES = {"compt_kernels/exchange.py": "features", "align/teacher.py": "teacher"}
 _NOTES = {"all_reduce", "broadcast"}  # of these, what has no more than _NOTE bytes is a loss, a norm, a flag, a count
 _NOTE = 32
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from compt_kernels import exchange
 from compt_megatron.align.alignment import Alignment
 from compt_megatron.align.projection import Projections
-from compt_megatron.objectives import gather
 from compt_megatron.objectives.registry import build_objective
-from compt_megatron.share import total
+from compt_megatron.share import several, total
 from tests.distributed.spawn import run_ranks
 
 ROWS, WIDTH = 8, 6
@@ -111,14 +111,15 @@ def gathers(rank, world, backend_scatters):
         def refuse(*args, **kwargs):
             raise RuntimeError("ProcessGroupGloo does not support reduce_scatter")
 
-        gather._reduce_scatter = refuse
+        exchange._reduce_scatter = refuse
     x = torch.full((2, 3), float(rank), dtype=torch.float64, requires_grad=True)
-    gathered = gather.gather_rows(x.T.contiguous().T)  # strides that no backend takes
+    everyone = exchange.group_name(dist.group.WORLD)
+    gathered = exchange.gather_rows(x.T.contiguous().T, everyone)  # strides that no backend takes
     factor = torch.arange(gathered.numel(), dtype=torch.float64).view_as(gathered) * (rank + 1)
     (gathered * factor).sum().backward()
     group = dist.new_group([0])
-    alone = gather.gather_rows(x, group) is x if rank == 0 else True
-    tokens = gather.gather_rows(torch.tensor([rank, 10 + rank]))
+    alone = several(group) is None if rank == 0 else True
+    tokens = exchange.gather_rows(torch.tensor([rank, 10 + rank]), everyone)
     return gathered.detach(), x.grad, alone, tokens, total(x, None)
 
 
@@ -135,15 +136,17 @@ def test_gather_and_its_gradient(backend_scatters):
 
 def test_without_processes_a_gather_is_the_identity():
     x = torch.randn(2, 3)
-    assert gather.gather_rows(x) is x
+    assert exchange.gather_rows(x, exchange.group_name(several())) is x
 
 
 def unequal(rank, world):
-    gather.gather_rows(torch.zeros(2 + rank, 3))
+    leaves, batch = own_part(*whole_batch(1), 1, rank, world)
+    leaves = {name: value if name in SCALARS else value[: 3 + rank] for name, value in leaves.items()}
+    build_objective("clip")(leaves, batch)
 
 
 def test_unequal_rows_are_refused():
-    with pytest.raises(AssertionError, match="between 2 and 3 rows"):
+    with pytest.raises(AssertionError, match="between 3 and 4 rows"):
         run_ranks(unequal, 2)
 
 
