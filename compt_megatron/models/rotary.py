@@ -34,13 +34,17 @@ class Rotary:
         outside = spec.config.get("original_max_position_embeddings")  # it wins over the one among the numbers
         self._original = outside or self._numbers.get("original_max_position_embeddings") or tower.tokens
         self.attention = self._yarn_attention() ** 2 if tower.rope.kind == "yarn" else 1.0
+        self._kept: tuple[int, torch.device, Tensor] | None = None
         self._frequencies(self._longest)  # so that a missing number is reported now
 
     def angles(self, length: int, device: torch.device) -> Tensor:
-        """fp32 [length, 1, 1, head_dim], the halves of the last dimension alike; in radians."""
-        frequencies = self._frequencies(length).to(device)
-        half = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
-        return torch.cat([half, half], dim=-1)[:, None, None, :]
+        """fp32 [length, 1, 1, head_dim], the halves of the last dimension alike; in radians. The last table is kept."""
+        if self._kept is None or self._kept[:2] != (length, device):
+            with torch.inference_mode(False), torch.no_grad():  # training may use what an evaluation has made
+                frequencies = self._frequencies(length).to(device)
+                half = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+                self._kept = length, device, torch.cat([half, half], dim=-1)[:, None, None, :]
+        return self._kept[2]
 
     def _frequencies(self, length: int) -> Tensor:
         """fp32 [head_dim / 2], radians a token."""

@@ -1,5 +1,6 @@
 """Our language models compute what transformers' do: logits, hidden states and gradients, every family and scaling."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from compt_megatron.errors import UserError
 from compt_megatron.models.build import build_language_model
+from compt_megatron.models.groups import lone_groups
 from compt_megatron.models.language import LanguageModel
 from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import canonical_state, load_canonical, split_fused
@@ -27,11 +29,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, llama3": llama(head=16, rope_scaling={"rope_type": "llama3", **LLAMA3}, rope_theta=5e5),
     "llama, yarn": llama(head=16, rope_scaling={"rope_type": "yarn", **YARN}),
     "llama, yarn with options": llama(
-        head=16,
-        rope_scaling={"rope_type": "yarn", **YARN, "beta_fast": 8, "beta_slow": 2, "truncate": False, "mscale": 0.7}
-        | {"mscale_all_dim": 0.4},
+        head=32,
+        rope_theta=500.0,
+        rope_scaling={"rope_type": "yarn", **YARN, "beta_fast": 1.5, "beta_slow": 0.5, "truncate": False}
+        | {"mscale": 0.7, "mscale_all_dim": 0.4},
     ),
     "llama, yarn with a factor": llama(head=16, rope_scaling={"rope_type": "yarn", **YARN, "attention_factor": 1.3}),
+    "llama, yarn with positions outside": llama(
+        head=16, rope_scaling={"rope_type": "yarn", "factor": 4.0}, original_max_position_embeddings=8
+    ),
     "llama, dynamic": llama(rope_scaling={"rope_type": "dynamic", "factor": 3.0}, max_position_embeddings=24),
     "mistral": llama(model_type="mistral", sliding_window=9),
     "mistral, full": llama(model_type="mistral", sliding_window=None),
@@ -46,7 +52,8 @@ LENGTH = 48  # of the probe: longer than the original positions and than the win
 
 def pair(config: dict[str, Any], double: bool = False, **build: Any) -> tuple[Any, LanguageModel, ModelSpec]:
     """transformers' model and ours with the same weights, no bias zero, no norm trivial."""
-    reference, spec = perturbed(config, double=double), spec_from_config(dict(config), "test")
+    spec = spec_from_config(deepcopy(config), "test")
+    reference = perturbed(deepcopy(config), double=double)  # transformers writes into what it is given
     model = build_language_model(spec, dtype=torch.float64 if double else torch.float32, **build)
     load_canonical(model, spec, split_state(spec, reference.state_dict()).__getitem__)
     return reference, model, spec
@@ -128,7 +135,7 @@ def test_recompute_keeps_less() -> None:
 def test_bf16_is_as_close_as_transformers_in_bf16(name: str) -> None:
     reference, _, spec = pair(MODELS[name])
     model = build_language_model(spec, dtype=torch.bfloat16)
-    half = perturbed(MODELS[name]).bfloat16()
+    half = perturbed(deepcopy(MODELS[name])).bfloat16()
     load_canonical(model, spec, split_state(spec, half.state_dict()).__getitem__)
     reference.load_state_dict({key: value.float() for key, value in half.state_dict().items()})
     with torch.no_grad():
@@ -136,6 +143,15 @@ def test_bf16_is_as_close_as_transformers_in_bf16(name: str) -> None:
         found = model.logits(model(tokens(8))["hidden"])
     assert found.dtype == torch.bfloat16
     assert (found - truth).norm() < 1.2 * (theirs - truth).norm() < 0.1 * truth.norm()
+
+
+def test_a_model_that_is_not_split_beside_one_that_is() -> None:
+    """A teacher's groups."""
+    _, model, spec = pair(MODELS["llama"])
+    teacher = build_language_model(spec, part=ModelPart(spec), groups=lone_groups())
+    load_canonical(teacher, spec, canonical_state(model, spec).__getitem__)
+    with torch.no_grad():
+        assert torch.equal(teacher(tokens())["hidden"], model(tokens())["hidden"])
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, biases", "qwen3", "gpt2", "gpt2, untied"])
