@@ -52,14 +52,14 @@ def _shares(weights: Sequence[float]) -> list[int]:
     return shares
 
 
-def _schedule(shares: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
+def _schedule(shares: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     """One period. The j-th sample of a set with share w has the slots from floor((j - 1) / w) to ceil(j / w) - 1; the
     released one with the earliest deadline goes first, which meets all of them (Baruah et al. 1996, Pfair)."""
     period = sum(shares)
     done = [0] * len(shares)
     waiting = [(0, index) for index in range(len(shares))]  # by the slot in which the next sample is released
     ready: list[tuple[int, int]] = []  # by deadline
-    chosen = np.zeros(period, np.uint16)
+    chosen = np.zeros(period, np.int32)
     for slot in range(period):
         while waiting and waiting[0][0] <= slot:
             index = heapq.heappop(waiting)[1]

@@ -12,6 +12,7 @@ from pathlib import Path
 import xxhash
 
 from compt_megatron.checkpoint.commit import fsync_files, fsync_folder, partial_path
+from compt_megatron.checkpoint.journal import claim, remove_journals
 from compt_megatron.data.text.documents import Reader, TextFile, find_files
 from compt_megatron.data.text.encode import Recipe, encode, is_held_out
 from compt_megatron.data.text.indexed import IndexedWriter, id_dtype
@@ -74,16 +75,17 @@ def _check(request: Request) -> None:
 
 @contextmanager
 def _new_folder(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst` that becomes `dst` at the end, and disappears if something goes wrong."""
+    """A folder beside `dst`, claimed for one job, that becomes `dst` at the end; it goes if something goes wrong."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: exists and is not an empty folder; name another or delete it")
     missing = [folder for folder in dst.parents if not folder.exists()]
     partial = partial_path(dst)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    held = claim(partial)
     try:
+        _remove_leftovers(partial, held)
         yield partial
+        remove_journals(partial)
         fsync_files(path for path in partial.iterdir())
         fsync_folder(partial)
         os.replace(partial, dst)
@@ -95,6 +97,17 @@ def _new_folder(dst: Path) -> Iterator[Path]:
                 break
             folder.rmdir()
         raise
+    finally:
+        os.close(held)
+
+
+def _remove_leftovers(folder: Path, held: int) -> None:
+    """Remove what a killed build left, but for the file that is our claim."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not os.path.samestat(path.stat(), os.fstat(held)):
+            path.unlink()
 
 
 def _tokenizer(request: Request, files: Sequence[TextFile], folder: Path) -> TextTokenizer:

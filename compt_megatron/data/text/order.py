@@ -8,6 +8,7 @@ file for each pass, which is mapped into memory, so that ranks and workers share
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class Pass:
         path = cache_dir / f"order-{xxhash.xxh3_128_hexdigest(repr(request).encode())}.npy"
         if (marks := self._loaded(path)) is None:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
             with open(partial, "wb") as file:
                 np.save(file, self._made())
                 file.flush()

@@ -53,6 +53,10 @@ def read_record(folder: Path) -> TextRecord | None:
         raise UserError(f"{path}: format version {version!r}; version {_VERSION} is the one that can be read")
     try:
         splits = {name: SplitRecord(**split) for name, split in value.pop("splits").items()}
-        return TextRecord(**value, splits=splits)
+        record = TextRecord(**value, splits=splits)
+        for count in (record.vocab_size, *(size for split in splits.values() for size in asdict(split).values())):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{count!r} is not a whole number")
+        return record
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: is not what `compt data text` writes ({error}); build the data again") from error

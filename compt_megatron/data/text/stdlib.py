@@ -11,6 +11,7 @@ import shutil
 import sys
 import sysconfig
 import uuid
+from functools import lru_cache
 from pathlib import Path
 
 import xxhash
@@ -38,24 +39,22 @@ def stdlib_text(
     """
     if split not in SPLITS:
         raise UserError(f"data 'stdlib/{split}': the splits are {' and '.join(SPLITS)}")
-    files = source_files(root or Path(sysconfig.get_paths()["stdlib"]))
+    root = root or Path(sysconfig.get_paths()["stdlib"])
     given = find_tokenizer(tokenizer) if tokenizer is not None else None
     size = vocab_size or VOCABULARY
-    digest = xxhash.xxh3_64()
-    for file in files:
-        digest.update(file.key.encode() + b"\0" + file.path.read_bytes() + b"\0")
-    digest.update(repr((_FORMAT, HELD_OUT, given.sha256 if given else size)).encode())
-    name = f"stdlib-{sys.version_info.major}.{sys.version_info.minor}-{digest.hexdigest()}"
+    request = (_FORMAT, HELD_OUT, _fingerprint(root), given.sha256 if given else size)
+    digest = xxhash.xxh3_64_hexdigest(repr(request).encode())
+    name = f"stdlib-{sys.version_info.major}.{sys.version_info.minor}-{digest}"
     folder = (cache_dir if cache_dir is not None else user_cache()) / name
     if not folder.is_dir():
-        request = Request(
+        how = Request(
             tokenizer=given.path if given else None,
             train_bpe=None if given else size,
             append_eod=given is None or given.eod is not None,
             held_out=HELD_OUT,
             by_file=True,
         )
-        _build_once(files, folder, request)
+        _build_once(source_files(root), folder, how)
     return folder / split
 
 
@@ -64,6 +63,15 @@ def user_cache() -> Path:
     if given := os.environ.get("COMPT_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compt_megatron"
+
+
+@lru_cache
+def _fingerprint(root: Path) -> str:
+    """A hash of the sources under `root`, names and contents."""
+    digest = xxhash.xxh3_128()
+    for file in source_files(root):
+        digest.update(file.key.encode() + b"\0" + file.path.read_bytes() + b"\0")
+    return str(digest.hexdigest())
 
 
 def source_files(root: Path) -> list[TextFile]:
