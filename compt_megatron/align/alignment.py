@@ -107,7 +107,7 @@ class Alignment:
     ) -> dict[str, torch.Tensor]:
         """Tower -> this rank's share of d_t * L_tower."""
         shares = {}
-        for tower in self.towers or [name for name in ("image", "text") if name in teacher_outputs]:
+        for tower in self.towers or [name for name in ("image", "text", "hidden") if name in teacher_outputs]:
             teacher = teacher_outputs[tower]
             student = outputs[f"align/{tower}" if f"align/{tower}" in outputs else tower]
             summed = align_loss(

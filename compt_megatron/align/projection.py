@@ -42,7 +42,11 @@ class Projections(nn.Module):
 
     @classmethod
     def between(cls, student: ModelSpec, teacher: ModelSpec, seed: int = 0, leading: bool = False) -> Projections:
-        """The projections that aligning `student` to `teacher` needs; none (no parameters) if embed sizes agree."""
+        """The projections that aligning `student` to `teacher` needs; none (no parameters) if their features are as
+        wide: the joint width, or a language model's own."""
+        if student.is_language_model:
+            widths = (student.towers["text"].width, teacher.towers["text"].width)
+            return cls({"hidden": widths}, seed, leading)
         towers = ("image", "text") if student.family == "clip" else ("image",)
         return cls(dict.fromkeys(towers, (student.joint, teacher.joint)), seed, leading)
 

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.errors import UserError
-from compt_megatron.models.build import build_model
+from compt_megatron.models.build import build_language_model, build_model
 from compt_megatron.models.clip import ClipModel
 from compt_megatron.models.groups import lone_groups
+from compt_megatron.models.language import LanguageModel
 from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import load_canonical
 from compt_megatron.share import ranks
@@ -29,7 +30,7 @@ class Teacher:
 
     def __init__(
         self,
-        model: ClipModel,
+        model: ClipModel | LanguageModel,
         spec: ModelSpec,
         group: dist.ProcessGroup | None = None,
         tensor_group: dist.ProcessGroup | None = None,
@@ -81,7 +82,8 @@ class Teacher:
         """A teacher whose whole weights `get(canonical name)` gives, however the student is split."""
         split = (1, 0) if tensor_group is None else (dist.get_world_size(tensor_group), dist.get_rank(tensor_group))
         part = ModelPart(spec, *split)
-        model = build_model(spec, dtype=dtype, device=device, part=part, groups=lone_groups(tensor_group))
+        build = build_language_model if spec.is_language_model else build_model
+        model = build(spec, dtype=dtype, device=device, part=part, groups=lone_groups(tensor_group))
         load_canonical(model, spec, get, part)
         return cls(model, spec, group, tensor_group)
 
@@ -94,14 +96,22 @@ class Teacher:
         images [b, 3, H, W] float; texts [b, captions, ctx] or [n, ctx] int64. A tower without input is left out, and
         so is the text of a plain ViT. Collective over `group`.
         """
-        where = next(self.model.parameters())
+        model = self.model
+        assert isinstance(model, ClipModel)
+        where = next(model.parameters())
         features = {}
         if images is not None:
-            features["image"] = self._shared(images, lambda rows: self.model.encode_image(rows.to(where)))
+            features["image"] = self._shared(images, lambda rows: model.encode_image(rows.to(where)))
         if texts is not None and self.spec.family == "clip":
             tokens = texts.flatten(0, -2)
-            features["text"] = self._shared(tokens, lambda rows: self.model.encode_text(rows.to(where.device)))
+            features["text"] = self._shared(tokens, lambda rows: model.encode_text(rows.to(where.device)))
         return features
+
+    @torch.no_grad()
+    def hidden(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`hidden` [b, n, width], a language model's states behind its final norm; tokens [b, n] int64. Collective over
+        `group`."""
+        return {"hidden": self._shared(tokens, lambda rows: self.model(rows)["hidden"])}
 
     def _shared(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """encode(rows), each rank of the group doing its part of the rows."""

@@ -9,7 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from compt_megatron.data.batch import Batch
+from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.spec.table import ModelSpec
+
+AnyBatch = Batch | TokenBatch
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Engine(Protocol):
 
     spec: ModelSpec
 
-    def step(self, batch: Batch) -> StepResult:
+    def step(self, batch: AnyBatch) -> StepResult:
         """One optimizer step; `batch` holds this rank's rows of the global batch."""
         ...
 

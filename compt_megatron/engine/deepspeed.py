@@ -4,6 +4,7 @@ code."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +12,24 @@ import torch.distributed as dist
 
 from compt_megatron.align.projection import Projections
 from compt_megatron.data.batch import Batch
+from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.engine.cached_gradients import CachedGradients, forward_without_graph
+from compt_megatron.engine.contract import AnyBatch
 from compt_megatron.engine.optimizer import build_optimizer
 from compt_megatron.engine.run_checkpoint import RunCheckpoint
-from compt_megatron.engine.student import Outputs, Student, decays, held_by, step_factors_of, sum_sequence_gradients
+from compt_megatron.engine.student import (
+    AnyStudent,
+    Outputs,
+    build_student,
+    decays,
+    held_by,
+    logit_scale_of,
+    step_factors_of,
+    sum_sequence_gradients,
+)
 from compt_megatron.engine.training_step import LossOf, Shares, TrainingEngine
 from compt_megatron.engine.zero_config import deepspeed_config
 from compt_megatron.engine.zero_state import ZeroState
-from compt_megatron.models.build import build_model
 from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.megatron_cpu import use_cpu_in_training
 from compt_megatron.models.part import ModelPart
@@ -47,10 +58,7 @@ class DeepSpeedEngine(TrainingEngine):
         use_cpu_in_training()
         parallel = self.parallel
         part = ModelPart.current(spec)
-        model = build_model(
-            spec, dtype=self._dtype, recompute=parallel.recompute, sequence=parallel.sequence, part=part
-        )
-        student = Student(model, projections.to(self._dtype) if projections is not None else None)
+        student = build_student(spec, self._dtype, parallel, part, projections)
         student.to(runtime.device).train()
         sum_sequence_gradients(student, self.topology)
         held = held_by(student, part)
@@ -78,42 +86,63 @@ class DeepSpeedEngine(TrainingEngine):
         self._checkpoint = RunCheckpoint([*held.values()], part, self._state, self._dtype, runtime, self.topology)
 
     @property
-    def _student(self) -> Student:
+    def _student(self) -> AnyStudent:
         return self._engine.module
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def _forward(self, batch: Batch) -> Outputs:
+    def _forward(self, batch: AnyBatch) -> Outputs:
+        assert isinstance(batch, Batch)
         texts = None if batch.texts is None else batch.texts.flatten(0, 1)
         return self._engine(images=batch.images.to(self._dtype), texts=texts)
 
-    def _seeded_forward(self, index: int, micro: list[Batch]) -> Outputs:
+    def _seeded_forward(self, index: int, micro: Sequence[AnyBatch]) -> Outputs:
         self._seed(index)
         return self._forward(micro[index])
 
-    def _forward_without_graph(self, micro: list[Batch]) -> CachedGradients:
+    def _forward_without_graph(self, micro: Sequence[AnyBatch]) -> CachedGradients:
         return forward_without_graph(lambda index: self._seeded_forward(index, micro), len(micro))
 
     def _backward(self, loss: torch.Tensor) -> None:
         # DeepSpeed averages gradients over the data-parallel ranks; ours are shares of one sum.
         self._engine.backward(loss * self.topology.data, scale_wrt_gas=False)
 
-    def _backward_cached(self, micro: list[Batch], cached: CachedGradients | None) -> None:
+    def _backward_cached(self, micro: Sequence[AnyBatch], cached: CachedGradients | None) -> None:
         assert cached is not None
         for index in range(len(micro)):
             if index:
                 self._engine.step()  # not yet an optimizer's: it only counts micro-batches
             self._backward(cached.surrogate(index, self._seeded_forward(index, micro)))
 
-    def _backward_rows(self, micro: list[Batch], loss_of: LossOf) -> list[Shares]:
+    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
         found = []
         for index in range(len(micro)):
             if index:
                 self._engine.step()  # as above
-            loss, parts = loss_of(index, self._seeded_forward(index, micro))
+            loss, parts = self._row_loss(self._engine, index, micro, loss_of)
             self._backward(loss)
             found.append((loss.detach(), parts))
         return found
+
+    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+        self._student.eval()
+        found = [self._row_loss(self._student, index, micro, loss_of) for index in range(len(micro))]
+        self._student.train()
+        return found
+
+    def _row_loss(self, module: Any, index: int, micro: Sequence[AnyBatch], loss_of: LossOf) -> Shares:
+        batch = micro[index]
+        if not isinstance(batch, TokenBatch):
+            return loss_of(index, self._seeded_forward(index, micro))
+        self._seed(index)
+        parts: dict[str, torch.Tensor] = {}
+
+        def use(outputs: Outputs) -> torch.Tensor:
+            loss, own = loss_of(index, outputs)
+            parts.update(own)
+            return loss
+
+        return module(tokens=batch.tokens, use=use), parts
 
     def _update(self, rate: float, refuse: bool = False) -> tuple[float, bool]:
         for group in self._optimizer.param_groups:
@@ -124,7 +153,7 @@ class DeepSpeedEngine(TrainingEngine):
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() or 0.0) if own is None else own
         refused = self._optimizer.refuse or bool(getattr(self._engine.optimizer, "overflow", False))
-        scale = self._student.model.logit_scale
+        scale = logit_scale_of(self._student)
         if scale is not None:
             self._state.clamp(scale, 0.0, MAX_LOG_SCALE)
         return norm, refused

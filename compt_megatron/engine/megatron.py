@@ -9,25 +9,34 @@ a sum over rows needs no such detour: its micro-batches go forward and backward 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from compt_megatron.align.projection import Projections
 from compt_megatron.data.batch import Batch
+from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.engine.cached_gradients import CachedGradients
+from compt_megatron.engine.contract import AnyBatch
 from compt_megatron.engine.megatron_optimizer import MegatronStep
 from compt_megatron.engine.megatron_state import MegatronState
 from compt_megatron.engine.run_checkpoint import Held, RunCheckpoint
-from compt_megatron.engine.student import Outputs, Student, held_by, sum_sequence_gradients
+from compt_megatron.engine.student import (
+    AnyStudent,
+    Outputs,
+    build_student,
+    held_by,
+    logit_scale_of,
+    sum_sequence_gradients,
+)
 from compt_megatron.engine.training_step import LossOf, Shares, TrainingEngine
-from compt_megatron.models.build import build_model
 from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.megatron_cpu import use_cpu_in_training
 from compt_megatron.models.part import ModelPart
 
 _TOWERS = {"image": "vision", "text": "text"}  # feature -> the tower it comes from
+_TOKENS = "tokens"  # in the place of a feature: a language model's input
 
 
 class MegatronEngine(TrainingEngine):
@@ -37,19 +46,10 @@ class MegatronEngine(TrainingEngine):
         spec, settings, runtime = self.spec, self.settings, self.runtime
         use_cpu_in_training()
         parallel, part = self.parallel, ModelPart.current(spec)
-        self._chunks: list[Student] = []
+        self._chunks: list[AnyStudent] = []
         held: dict[str, Held] = {}
         for chunk in range(part.virtual):
-            model = build_model(
-                spec,
-                dtype=self._dtype,
-                recompute=parallel.recompute,
-                sequence=parallel.sequence,
-                part=part,
-                chunk=chunk,
-            )
-            own = projections.to(self._dtype) if projections is not None and part.is_last(chunk) else None
-            student = Student(model, own)
+            student = build_student(spec, self._dtype, parallel, part, projections, chunk)
             student.to(runtime.device).train()
             sum_sequence_gradients(student, self.topology)
             held |= {f"{chunk}.{name}": entry for name, entry in held_by(student, part, chunk).items()}
@@ -62,13 +62,14 @@ class MegatronEngine(TrainingEngine):
         self._checkpoint = RunCheckpoint([*held.values()], part, self._state, self._dtype, runtime, self.topology)
 
     @property
-    def _last(self) -> Student:
+    def _last(self) -> AnyStudent:
         """The chunk that has the heads; only on the last stage."""
         return self._chunks[-1]
 
     # -- the model as one module -------------------------------------------------------------------------------------
 
-    def _forward(self, batch: Batch) -> Outputs:
+    def _forward(self, batch: AnyBatch) -> Outputs:
+        assert isinstance(batch, Batch)
         texts = None if batch.texts is None else batch.texts.flatten(0, 1)
         outputs: Outputs = self._last(images=batch.images.to(self._dtype), texts=texts)
         return outputs
@@ -79,7 +80,7 @@ class MegatronEngine(TrainingEngine):
 
     # -- the model as pipelines --------------------------------------------------------------------------------------
 
-    def _forward_without_graph(self, micro: list[Batch]) -> CachedGradients | None:
+    def _forward_without_graph(self, micro: Sequence[AnyBatch]) -> CachedGradients | None:
         parts: list[Outputs] = [{} for _ in micro]
         with torch.no_grad():
             for feature in _features(micro[0]):
@@ -98,7 +99,7 @@ class MegatronEngine(TrainingEngine):
     def _backward_outputs(self, loss: torch.Tensor) -> None:
         self._backward(loss)
 
-    def _backward_cached(self, micro: list[Batch], cached: CachedGradients | None) -> None:
+    def _backward_cached(self, micro: Sequence[AnyBatch], cached: CachedGradients | None) -> None:
         for feature in _features(micro[0]):
 
             def surrogate(index: int, output: torch.Tensor, feature: str = feature) -> torch.Tensor:
@@ -107,24 +108,37 @@ class MegatronEngine(TrainingEngine):
 
             self._pipeline(feature, micro, surrogate)
 
-    def _backward_rows(self, micro: list[Batch], loss_of: LossOf) -> list[Shares]:
+    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
         (feature,) = _features(micro[0])
         found: list[Shares] = []
 
-        def loss(index: int, output: torch.Tensor) -> torch.Tensor:
-            share, parts = loss_of(index, self._finished({feature: output}))
+        def loss(index: int, output: Any) -> torch.Tensor:
+            share, parts = loss_of(index, self._outputs_from(feature, output))
             found.append((share.detach(), parts))
             return share * self.topology.data  # as in `_backward`
 
         self._pipeline(feature, micro, loss)
         return found
 
+    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+        (feature,) = _features(micro[0])
+        for chunk in self._chunks:
+            chunk.eval()
+        outputs = self._pipeline(feature, micro)
+        for chunk in self._chunks:
+            chunk.train()
+        return [loss_of(index, self._outputs_from(feature, output)) for index, output in enumerate(outputs)]
+
+    def _outputs_from(self, feature: str, output: Any) -> Outputs:
+        """What a loss is of, from what comes out of the last stage: all of it, or a tower's feature."""
+        return output if isinstance(output, dict) else self._finished({feature: output})
+
     def _pipeline(
         self,
         feature: str,
-        micro: list[Batch],
-        loss: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
-    ) -> list[torch.Tensor]:
+        micro: Sequence[AnyBatch],
+        loss: Callable[[int, Any], torch.Tensor] | None = None,
+    ) -> list[Any]:
         """Run one tower over all micro-batches: forward, or forward and backward from `loss` (index and feature of a
         micro-batch -> 0-D).
 
@@ -132,20 +146,29 @@ class MegatronEngine(TrainingEngine):
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        towers = [getattr(chunk.model, _TOWERS[feature]) for chunk in self._chunks]
         inputs = [_inputs(feature, batch, self._dtype) for batch in micro]
+        if feature == _TOKENS:
+            towers: list[Any] = [chunk.model for chunk in self._chunks]
+            length = towers[0].padded(inputs[0].shape[1])
+        else:
+            towers = [getattr(chunk.model, _TOWERS[feature]) for chunk in self._chunks]
+            length = towers[0].sequence_length
+        students = dict(zip(towers, self._chunks))
 
-        def forward(indices: Iterator[int], tower: Any) -> tuple[torch.Tensor, Any]:
+        def forward(indices: Iterator[int], tower: Any) -> tuple[Any, Any]:
             index = next(indices)
             self._seed(index)
 
-            def result(output: torch.Tensor, non_loss_data: bool = False) -> Any:
+            def result(output: Any, non_loss_data: bool = False) -> Any:
                 if non_loss_data:
                     return output
                 assert loss is not None
                 # the schedule divides by the number of micro-batches, in place
                 return loss(index, output) * len(micro), {}
 
+            if feature == _TOKENS:
+                outputs = students[tower](inputs[index])
+                return (outputs if tower.post_process else outputs["activations"]), result
             return tower(inputs[index]), result
 
         found = get_forward_backward_func()(
@@ -153,7 +176,7 @@ class MegatronEngine(TrainingEngine):
             data_iterator=[iter(range(len(micro))) for _ in towers],
             model=towers,
             num_microbatches=len(micro),
-            seq_length=towers[0].sequence_length,
+            seq_length=length,
             micro_batch_size=len(inputs[0]),
             forward_only=loss is None,
             collect_non_loss_data=loss is None,
@@ -162,7 +185,7 @@ class MegatronEngine(TrainingEngine):
 
     def _update(self, rate: float, refuse: bool = False) -> tuple[float, bool]:
         norm, refused = self._optimizer.step(rate, refuse)
-        scale = self._last.model.logit_scale
+        scale = logit_scale_of(self._last)
         if scale is not None:
             self._state.clamp(scale, 0.0, MAX_LOG_SCALE)
         return norm, refused
@@ -219,11 +242,15 @@ class MegatronEngine(TrainingEngine):
         self._optimizer.close()
 
 
-def _features(batch: Batch) -> list[str]:
+def _features(batch: AnyBatch) -> list[str]:
+    if isinstance(batch, TokenBatch):
+        return [_TOKENS]
     return ["image", "text"] if batch.texts is not None else ["image"]
 
 
-def _inputs(feature: str, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+def _inputs(feature: str, batch: AnyBatch, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(batch, TokenBatch):
+        return batch.tokens
     if feature == "image":
         return batch.images.to(dtype)
     assert batch.texts is not None

@@ -16,9 +16,11 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from compt_megatron.engine.optimizer import build_optimizer
 from compt_megatron.engine.run_checkpoint import Held
-from compt_megatron.engine.student import Student, decays, step_factors_of
+from compt_megatron.engine.student import AnyStudent, decays, step_factors_of
 from compt_megatron.engine.topology import Topology
+from compt_megatron.models.language import LanguageModel
 from compt_megatron.models.megatron_cpu import cuda_types_on_cpu
+from compt_megatron.models.stages import sum_tied_gradients
 from compt_megatron.recipe.schema import Settings
 from compt_megatron.spec.table import ModelSpec
 
@@ -41,11 +43,12 @@ class MegatronStep:
     """
 
     def __init__(
-        self, chunks: list[Student], held: dict[str, Held], spec: ModelSpec, settings: Settings, topology: Topology,
+        self, chunks: list[AnyStudent], held: dict[str, Held], spec: ModelSpec, settings: Settings, topology: Topology,
         factors: Mapping[str, tuple[float, float]], sharded: bool,
     ) -> None:  # fmt: skip
         bf16 = settings.precision == "bf16"
-        config = chunks[0].model.vision.config
+        first = chunks[0].model
+        config = first.config if isinstance(first, LanguageModel) else first.vision.config
         overlaps = topology.data > 1
         buffers = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -105,6 +108,7 @@ class MegatronStep:
         for buffers in self._buffers:
             _start_the_rest(buffers)
             buffers.finish_grad_sync()
+        sum_tied_gradients(self._buffers)
         for group in self.wrapped.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         with cuda_types_on_cpu():

@@ -63,6 +63,7 @@ class Held:
     param: torch.nn.Parameter
     names: list[str]
     aligns: bool = False  # a projection
+    copied: bool = False  # another stage has it too, and writes it: the head of a tied language model
 
     def boundary(self, prefix: str, name: str) -> str:
         """The name of a tensor on the checkpoint boundary; projections have names of their own beside the model's."""
@@ -94,7 +95,7 @@ class RunCheckpoint:
                 master = self._state.master(held.param)
                 tensors = {"weight": master.to(self._dtype), "master": master}
                 tensors |= {key: self._state.moment(held.param, key) for key in MOMENTS}
-                if index % self._topology.data != self._topology.data_rank:
+                if held.copied or index % self._topology.data != self._topology.data_rank:
                     continue
                 for prefix in prefixes:
                     for name, region, tensor in self._mine(held, tensors[prefix]):

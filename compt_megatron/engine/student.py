@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import exp, log
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,11 +13,15 @@ from torch import nn
 from compt_megatron.align.projection import Projections
 from compt_megatron.engine.run_checkpoint import Held
 from compt_megatron.engine.topology import Topology
+from compt_megatron.models.build import build_language_model, build_model
 from compt_megatron.models.clip import ClipModel
+from compt_megatron.models.language import LanguageModel
 from compt_megatron.models.part import ModelPart
+from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.spec.megatron_names import OUTPUT_LAYER
 from compt_megatron.spec.table import ModelSpec
 
-Outputs = dict[str, torch.Tensor]
+Outputs = dict[str, Any]  # tensors; of a language model also its `head`
 _PROJECTIONS = "projections.layers."
 
 
@@ -37,15 +42,58 @@ class Student(nn.Module):
         return outputs if self.projections is None else self.projections(outputs)
 
 
-def held_by(student: Student, part: ModelPart, chunk: int = 0) -> dict[str, Held]:
+class LanguageStudent(nn.Module):
+    """A language model whose loss is made inside its forward, where ZeRO 3 has gathered the head's weight."""
+
+    def __init__(self, model: LanguageModel, projections: Projections | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.projections = projections
+
+    def forward(self, tokens: torch.Tensor, use: Callable[[Outputs], Any] | None = None) -> Any:
+        """tokens [b, n] -> the stage's outputs; on the last stage what `use` makes of them, projections added."""
+
+        def finish(outputs: Outputs) -> Any:
+            outputs = outputs if self.projections is None else self.projections(outputs)
+            return outputs if use is None else use(outputs)
+
+        return self.model(tokens, use=finish)
+
+
+AnyStudent = Student | LanguageStudent
+
+
+def build_student(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    parallel: ParallelSettings,
+    part: ModelPart,
+    projections: Projections | None,
+    chunk: int = 0,
+) -> AnyStudent:
+    """A chunk of `part` of the model in training mode, without weights; projections where its features come out."""
+    options: dict[str, Any] = {"recompute": parallel.recompute, "sequence": parallel.sequence}
+    own = projections.to(dtype) if projections is not None and part.is_last(chunk) else None
+    if spec.is_language_model:
+        return LanguageStudent(build_language_model(spec, dtype=dtype, part=part, chunk=chunk, **options), own)
+    return Student(build_model(spec, dtype=dtype, part=part, chunk=chunk, **options), own)
+
+
+def logit_scale_of(student: AnyStudent) -> nn.Parameter | None:
+    """The logarithm of a contrastive model's logit scale, on the stage that has it."""
+    return getattr(student.model, "logit_scale", None)
+
+
+def held_by(student: AnyStudent, part: ModelPart, chunk: int = 0) -> dict[str, Held]:
     """What each parameter of a student (one chunk of a part of the model) holds, in the module's order."""
     names = part.names(chunk)
+    copy = f"model.{OUTPUT_LAYER}" if part.copied_head(chunk) else None
     held = {}
     for name, param in student.named_parameters():
         if name.startswith(_PROJECTIONS):
             held[name] = Held(param, [f"align/{name.removeprefix(_PROJECTIONS)}"], aligns=True)
         else:
-            held[name] = Held(param, names[name.removeprefix("model.")])
+            held[name] = Held(param, names[name.removeprefix("model.")], copied=name == copy)
     return held
 
 

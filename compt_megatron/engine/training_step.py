@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from compt_megatron.align.alignment import Alignment
 from compt_megatron.align.projection import Projections
 from compt_megatron.align.teacher import Teacher
-from compt_megatron.data.batch import Batch
+from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.engine.cached_gradients import CachedGradients
-from compt_megatron.engine.contract import StepResult
+from compt_megatron.engine.contract import AnyBatch, StepResult
 from compt_megatron.engine.run_checkpoint import RunCheckpoint
 from compt_megatron.engine.runtime import Runtime, seed_step
 from compt_megatron.engine.schedule import learning_rate
@@ -76,11 +76,11 @@ class TrainingEngine(ABC):
         """Make the model, the optimizer and the run checkpoint."""
 
     @abstractmethod
-    def _forward(self, batch: Batch) -> Outputs:
+    def _forward(self, batch: AnyBatch) -> Outputs:
         """The outputs of one micro-batch, with graph. Only where the model is not a pipeline."""
 
     @abstractmethod
-    def _forward_without_graph(self, micro: list[Batch]) -> CachedGradients | None:
+    def _forward_without_graph(self, micro: Sequence[AnyBatch]) -> CachedGradients | None:
         """The outputs of all micro-batches as leaves; None on the ranks where none come out."""
 
     @abstractmethod
@@ -96,13 +96,17 @@ class TrainingEngine(ABC):
         loss.backward()
 
     @abstractmethod
-    def _backward_cached(self, micro: list[Batch], cached: CachedGradients | None) -> None:
+    def _backward_cached(self, micro: Sequence[AnyBatch], cached: CachedGradients | None) -> None:
         """Forward every micro-batch again and send the cached gradients back."""
 
     @abstractmethod
-    def _backward_rows(self, micro: list[Batch], loss_of: LossOf) -> list[Shares]:
+    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
         """Forward and backward of every micro-batch with its own loss; the shares, without graph, on the ranks where
         outputs come out."""
+
+    @abstractmethod
+    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+        """The same in evaluation mode, without backward."""
 
     @abstractmethod
     def _update(self, rate: float, refuse: bool = False) -> tuple[float, bool]:
@@ -121,14 +125,14 @@ class TrainingEngine(ABC):
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> StepResult:
+    def step(self, batch: AnyBatch) -> StepResult:
         """One optimizer step; `batch` holds the rows of the global batch that this rank's copy of the model has."""
         batch = batch.to(self.runtime.device)
         micro = batch.split(self.settings.parallel.micro_batches)
         targets = self._teacher_features(batch) if self._aligning else None
         cached, shares = None, None
         whole = len(micro) == 1 and self.topology.pipeline == 1
-        if not whole and not self._couples_rows:
+        if self.spec.is_language_model or (not whole and not self._couples_rows):
             return self._step_by_rows(batch, micro, targets)
         if whole:
             self._seed(0)
@@ -151,8 +155,16 @@ class TrainingEngine(ABC):
         norm, refused = self._update(rate)
         return self._finish(totals, batch, norm if math.isfinite(norm) and norm >= 0 else math.inf, refused)
 
-    def _step_by_rows(self, batch: Batch, micro: list[Batch], targets: Outputs | None) -> StepResult:
+    def _step_by_rows(self, batch: AnyBatch, micro: Sequence[AnyBatch], targets: Outputs | None) -> StepResult:
         """A step whose loss is a sum over rows: each micro-batch goes forward and backward once."""
+        shares = _summed(self._backward_rows(micro, self._loss_of_rows(batch, micro, targets)))
+        totals = self._totals(shares)
+        rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)
+        norm, refused = self._update(rate, refuse=not all(math.isfinite(value) for value in totals.values()))
+        return self._finish(totals, batch, norm if math.isfinite(norm) and norm >= 0 else math.inf, refused)
+
+    def _loss_of_rows(self, batch: AnyBatch, micro: Sequence[AnyBatch], targets: Outputs | None) -> LossOf:
+        """The share of each micro-batch in the loss of the global batch. Collective where the divisor is."""
         assert isinstance(self.objective, RowObjective)
         divisor = self.objective.divisor(batch, self.topology.data_group)
 
@@ -162,15 +174,19 @@ class TrainingEngine(ABC):
                 part = {key: value.chunk(len(micro))[index] for key, value in targets.items()}
             return self._loss(outputs, micro[index], part, len(batch), divisor)
 
-        found = self._backward_rows(micro, loss_of)
-        shares = None
-        if found:
-            losses, parts = zip(*found)
-            shares = torch.stack(losses).sum(), {key: torch.stack([p[key] for p in parts]).sum() for key in parts[0]}
-        totals = self._totals(shares)
-        rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)
-        norm, refused = self._update(rate, refuse=not all(math.isfinite(value) for value in totals.values()))
-        return self._finish(totals, batch, norm if math.isfinite(norm) and norm >= 0 else math.inf, refused)
+        return loss_of
+
+    @torch.no_grad()
+    def eval_loss(self, batch: AnyBatch) -> dict[str, float]:
+        """The objective's loss and its parts on a batch of which this rank has its copy's rows, on every rank, without
+        alignment. Collective. For objectives that do not couple rows; in a virtual pipeline the rows must be a multiple
+        of the stages."""
+        batch = batch.to(self.runtime.device)
+        micro = batch.split(self.topology.pipeline if self.topology.virtual > 1 else 1)
+        shares = _summed(self._forward_rows(micro, self._loss_of_rows(batch, micro, None)))
+        names = ["loss", *self.topology.told_by_last(None if shares is None else [*shares[1]])]
+        values = None if shares is None else _stacked(shares)
+        return dict(zip(names, self.topology.total(values, len(names), self.runtime.device).tolist(), strict=True))
 
     @property
     def _couples_rows(self) -> bool:
@@ -185,9 +201,11 @@ class TrainingEngine(ABC):
     def _seed(self, micro_batch: int) -> None:
         seed_step(self.settings.seed, self.global_step, micro_batch, self.topology.data_rank)
 
-    def _teacher_features(self, batch: Batch) -> Outputs | None:
+    def _teacher_features(self, batch: AnyBatch) -> Outputs | None:
         if self.teacher is None:
             return None
+        if isinstance(batch, TokenBatch):
+            return self.teacher.hidden(batch.tokens)
         rows = max(1, batch.images.shape[0] // self.settings.parallel.micro_batches)
         parts = []
         for start in range(0, batch.images.shape[0], rows):
@@ -198,7 +216,7 @@ class TrainingEngine(ABC):
     def _loss(
         self,
         outputs: Outputs,
-        batch: Batch,
+        batch: AnyBatch,
         targets: Outputs | None,
         rows: int | None = None,
         divisor: torch.Tensor | float | None = None,
@@ -230,10 +248,10 @@ class TrainingEngine(ABC):
             self._part_names[self._aligning] = self.topology.told_by_last(None if shares is None else [*shares[1]])
         names, values = ["loss", *self._part_names[self._aligning]], None
         if shares is not None:
-            values = torch.stack([value.detach().float().reshape(()) for value in (shares[0], *shares[1].values())])
+            values = _stacked(shares)
         return dict(zip(names, self.topology.total(values, len(names), self.runtime.device).tolist(), strict=True))
 
-    def _finish(self, totals: dict[str, float], batch: Batch, grad_norm: float, skipped: bool) -> StepResult:
+    def _finish(self, totals: dict[str, float], batch: AnyBatch, grad_norm: float, skipped: bool) -> StepResult:
         rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row > _MAX_SKIPPED_IN_A_ROW:
@@ -249,10 +267,10 @@ class TrainingEngine(ABC):
     # -- features ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def alignment_at_start(self, batch: Batch) -> dict[str, float]:
+    def alignment_at_start(self, batch: AnyBatch) -> dict[str, float]:
         """The unweighted alignment loss of each tower on one batch, before any step (zero for an exact growth)."""
-        if self.teacher is None or self.alignment is None:
-            return {}
+        if self.teacher is None or self.alignment is None or isinstance(batch, TokenBatch):
+            return {}  # a language model's features are those of another width: no growth makes the term zero
         batch = batch.to(self.runtime.device)
         targets = self._teacher_features(batch)
         texts = None if batch.texts is None else batch.texts.flatten(0, 1)
@@ -275,3 +293,15 @@ class TrainingEngine(ABC):
         metadata, resumed = self._checkpoint.load(path, optimizer)
         self.global_step = int((metadata.get("train") or {}).get("step", 0)) if resumed else 0
         return metadata
+
+
+def _summed(found: list[Shares]) -> Shares | None:
+    """The shares of all micro-batches together; None where there are none."""
+    if not found:
+        return None
+    losses, parts = zip(*found)
+    return torch.stack(losses).sum(), {key: torch.stack([part[key] for part in parts]).sum() for key in parts[0]}
+
+
+def _stacked(shares: Shares) -> torch.Tensor:
+    return torch.stack([value.detach().float().reshape(()) for value in (shares[0], *shares[1].values())])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -37,9 +37,10 @@ class Objective(Protocol):
     name: str
     couples_rows: bool
 
-    def __call__(
-        self, outputs: dict[str, torch.Tensor], batch: LabelledBatch | None, group: dist.ProcessGroup | None = None
-    ) -> ObjectiveResult: ...
+    def __call__(self, outputs: dict[str, Any], batch: Any, group: dist.ProcessGroup | None = None) -> ObjectiveResult:
+        """This rank's share. `batch`: the rows that `outputs` are of, of which each objective says what it reads
+        (a LabelledBatch, or a language model's TokenBatch); None where it reads nothing."""
+        ...
 
 
 @runtime_checkable
@@ -49,14 +50,14 @@ class RowObjective(Protocol):
     name: str
     couples_rows: bool
 
-    def divisor(self, batch: LabelledBatch, group: dist.ProcessGroup | None = None) -> torch.Tensor | float:
+    def divisor(self, batch: Any, group: dist.ProcessGroup | None = None) -> torch.Tensor | float:
         """What the sum over the rows of the global batch is divided by; `batch`: this rank's. May be collective."""
         ...
 
     def __call__(
         self,
-        outputs: dict[str, torch.Tensor],
-        batch: LabelledBatch | None,
+        outputs: dict[str, Any],
+        batch: Any,
         group: dist.ProcessGroup | None = None,
         divisor: torch.Tensor | float | None = None,
     ) -> ObjectiveResult:

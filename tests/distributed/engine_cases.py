@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from compt_megatron.data.batch import Batch
+from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.random import initial
 from compt_megatron.spec.table import ModelSpec
@@ -22,9 +23,14 @@ ROWS, CAPTIONS, STEPS, LR, DECAY, BETAS, EPS = 16, 2, 3, 1e-2, 0.1, (0.9, 0.98),
 Case = tuple[int, int]  # ZeRO stage, micro-batches
 
 
-def whole_batch(step: int, config: dict[str, Any] = CONFIG) -> Batch:
-    """Images with texts, or with labels for the config of a plain ViT."""
+def whole_batch(step: int, config: dict[str, Any] = CONFIG) -> Any:
+    """Images with texts, or with labels for the config of a plain ViT; tokens for a language model's, of which rows
+    count unequally."""
     generator = torch.Generator().manual_seed(step)
+    if "model_type" in config:
+        ids = torch.randint(0, config["vocab_size"], (ROWS, 12), generator=generator)
+        mask = torch.rand(ROWS, 11, generator=generator) < torch.linspace(0.2, 1, ROWS)[:, None]
+        return TokenBatch(ids[:, :-1], ids[:, 1:], mask, [str(row) for row in range(ROWS)], step)
     images = torch.randn(ROWS, 3, 16, 16, generator=generator)
     texts = torch.randint(1, 64, (ROWS, CAPTIONS, 8), generator=generator)
     names = [str(row) for row in range(ROWS)]
@@ -76,17 +82,25 @@ def engine_of(
     spec = spec_from_config(config, "tiny")
     teacher = alignment = projections = None
     if aligned:
-        kept = {key: value for key, value in TEACHER.items() if key in config}
-        teacher_spec = spec_from_config(kept, "teacher")
+        teacher_spec = spec_from_config(teacher_config(config), "teacher")
         weights = start_weights(teacher_spec, 7)
         teacher = Teacher.build(teacher_spec, weights.__getitem__, Topology.start(settings.parallel).model_group)
         alignment = Alignment(weight=0.7)
         projections = Projections.between(spec, teacher_spec, seed=0)
-    objective = build_objective("clip" if "text_cfg" in config else "classify")
+    objective = build_objective(
+        "causal_lm" if spec.is_language_model else "clip" if "text_cfg" in config else "classify"
+    )
     return engine_class(settings.parallel)(
         spec, settings, objective, runtime, total_steps=100,
         teacher=teacher, alignment=alignment, projections=projections, factors=factors,
     )  # fmt: skip
+
+
+def teacher_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A model of the same kind, of another width where it meets the student."""
+    if "model_type" in config:
+        return {**config, "hidden_size": 24, "num_hidden_layers": 2}
+    return {key: value for key, value in TEACHER.items() if key in config}
 
 
 def write_start(path: Path, config: dict[str, Any] = CONFIG) -> Path:

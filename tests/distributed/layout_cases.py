@@ -84,12 +84,19 @@ def _train_one(runtime: Any, start: Path, case: Case) -> Ran:
         if step == 0:
             first = pieces_of(engine)
     seconds = perf_counter() - began
-    probe = whole_batch(99, case.config)
-    features = engine.eval_features(probe.images, None if probe.texts is None else probe.texts.flatten(0, 1))
-    features = {key: value.detach().clone() for key, value in features.items()}
+    features = _features(engine, whole_batch(99, case.config))
     found = Ran(losses, norms, first, pieces_of(engine), features, engine._state.step, seconds)
     engine.close()
     return found
+
+
+def _features(engine: Any, probe: Any) -> State:
+    """Features of a batch; of a language model its loss."""
+    if engine.spec.is_language_model:
+        own = probe.split(engine.topology.data)[engine.topology.data_rank]
+        return {name: torch.tensor(value) for name, value in engine.eval_loss(own).items()}
+    features = engine.eval_features(probe.images, None if probe.texts is None else probe.texts.flatten(0, 1))
+    return {key: value.detach().clone() for key, value in features.items()}
 
 
 def outcomes(start: Path, cases: list[Case], world: int, timeout: float = 120) -> list[Ran]:
