@@ -24,7 +24,7 @@ from compt_megatron.data.text.documents import Reader, find_files
 from compt_megatron.data.text.indexed import IndexedTokens
 from compt_megatron.data.text.record import read_record
 from compt_megatron.data.text.tokenizer import find_tokenizer, train_bpe
-from compt_megatron.errors import UserError
+from compt_megatron.errors import UserError, WorkerLost
 from tests.unit.text_samples import texts, write_jsonl
 
 TEXTS = texts(40)
@@ -303,7 +303,6 @@ def test_a_build_that_is_asked_to_stop_leaves_nothing(
     os.mkfifo(tmp_path / "a.jsonl")
     fifo = os.open(tmp_path / "a.jsonl", os.O_RDWR)  # the build waits for more for ever
     before, started = set(_children(os.getpid())), set()
-
     ended = threading.Event()
 
     def stop() -> None:
@@ -322,7 +321,18 @@ def test_a_build_that_is_asked_to_stop_leaves_nothing(
     assert status == 3
     assert "stopped on request" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-    assert not any(map(_alive, started))
+    while any(map(_alive, started)):
+        time.sleep(0.01)
+
+
+def test_a_worker_that_dies_is_not_the_texts_fault(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_module, "_COMMAND", "import os; os._exit(7)")
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(WorkerLost, match="a worker ended with status 7"):
+        build_text([source], tmp_path / "out", Request(tokenizer=tokenizer), workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def _children(pid: int) -> list[str]:

@@ -111,9 +111,10 @@ def encode(documents: Iterable[RawDocument], recipe: Recipe, workers: int = 1) -
     if workers == 1:
         yield from map(Encoder(recipe), chunks(documents))
         return
-    crew = _Crew(recipe, workers)
+    crew = _Crew(workers)
     waiting: deque[Future[Split]] = deque()
     try:
+        crew.start(recipe)
         for chunk in chunks(documents):
             waiting.append(crew.submit(chunk))
             if len(waiting) >= 3 * workers:
@@ -127,13 +128,16 @@ def encode(documents: Iterable[RawDocument], recipe: Recipe, workers: int = 1) -
 class _Crew:
     """Worker processes, each served by a thread of this one."""
 
-    def __init__(self, recipe: Recipe, workers: int) -> None:
-        command = [sys.executable, "-c", _COMMAND.format(path=sys.path)]
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(workers)
-        for _ in range(workers):
+
+    def start(self, recipe: Recipe) -> None:
+        command = [sys.executable, "-c", _COMMAND.format(path=sys.path)]
+        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        for _ in range(self._workers):
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
             self._processes.append(process)
             self._idle.put(process)
