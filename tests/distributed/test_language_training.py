@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.engine_cases import write_start
+from compt_megatron.checkpoint.formats import open_reader
+from tests.distributed.engine_cases import engine_of, whole_batch, write_start
 from tests.distributed.layout_cases import Case, Ran, distance, gradient, layout, loss_distance, of, outcomes
+from tests.distributed.spawn import run_ranks
 
 STEPS = 6
 TIED: dict[str, Any] = {
@@ -77,3 +79,41 @@ def check(case: Case, found: Ran, wanted: Ran) -> None:
         assert distance(of(found.last, kind), of(wanted.last, kind)) < 1e-3, (name, kind)
     assert found.count == STEPS, name
     assert found.features["loss"] == pytest.approx(float(wanted.features["loss"]), rel=1e-5), name
+
+
+RELAY = [
+    (4, layout("megatron", 2, 2, 2, micro_batches=4, sequence=True)),
+    (2, layout("deepspeed", zero=3)),
+    (2, layout("megatron", 1, 2, micro_batches=2)),
+]
+
+
+def leg(rank: int, world: int, before: str, after: str, parallel: dict[str, Any], first: int) -> list[float]:
+    from compt_megatron.engine.runtime import Runtime
+
+    engine = engine_of(Runtime.start(), parallel, aligned=True, config=TIED)
+    engine.load(Path(before))
+    place = engine.topology
+    losses = [
+        engine.step(whole_batch(step, TIED).split(place.data)[place.data_rank]).loss for step in range(first, first + 2)
+    ]
+    engine.save(Path(after), {"step": first + 2}, [])
+    engine.close()
+    return losses
+
+
+def test_a_run_goes_on_under_other_layouts(
+    starts: dict[bool, Path], expected: dict[tuple[bool, bool], Ran], tmp_path: Path
+) -> None:
+    path, losses = starts[True], []
+    for number, (world, parallel) in enumerate(RELAY):
+        after = tmp_path / f"step_{number}"
+        losses += run_ranks(leg, world, str(path), str(after), parallel, 2 * number)[0]
+        path = after
+    assert losses == pytest.approx([loss for loss, *_ in expected[True, True].losses], rel=1e-4)
+    reader = open_reader(path)
+    wanted = {name: value for name, value in expected[True, True].last.items() if "weight/align/" not in name}
+    held = {name: reader.read(name) for name in reader.tensors() if name in wanted}
+    reader.close()
+    assert held.keys() == wanted.keys()
+    assert distance(of(held, "weight"), of(wanted, "weight")) < 1e-3
