@@ -63,6 +63,8 @@ class Runtime:
 
         ensure_groups()
         _quiet_deepspeed()
+        if cuda and dist.get_rank() == 0:
+            _tell_of_kernels()
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
     @property
@@ -137,6 +139,14 @@ def _adopt_slurm() -> None:
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and "MASTER_ADDR" in os.environ:
         for name, slurm in _SLURM.items():
             os.environ[name] = os.environ[slurm]
+
+
+def _tell_of_kernels() -> None:
+    """Print once what the losses run as, CUDA kernels or plain PyTorch, and why. (On a CPU there is no choice.)"""
+    log = logging.getLogger("compt_kernels")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
 
 
 def _quiet_deepspeed() -> None:
