@@ -71,3 +71,6 @@ def _check(image: torch.Tensor, text: torch.Tensor, labels: torch.Tensor | None,
     for scalar in scalars:
         if scalar.numel() != 1:
             raise ValueError(f"the logit scale and bias are one number each, not {tuple(scalar.shape)}")
+    for other in (text, *scalars, *(() if labels is None else (labels,))):
+        if other.device != image.device:
+            raise ValueError(f"image is on {image.device}, but another tensor on {other.device}")

@@ -53,6 +53,8 @@ def distill_kl(
         raise ValueError(f"student_hidden, teacher_hidden and mask must have the same tokens, not {tuple(shape)}, ...")
     if student_head.shape[0] != teacher_head.shape[0]:
         raise ValueError(f"heads of {student_head.shape[0]} and {teacher_head.shape[0]} columns")
+    if mask is not None and mask.device != student_hidden.device:
+        raise ValueError(f"student_hidden is on {student_hidden.device}, mask on {mask.device}")
     sums = sum_dtype(common_dtype(student_hidden, student_head, teacher_hidden, teacher_head))
     weight = student_hidden.new_ones(shape.numel(), dtype=sums)
     if mask is not None:

@@ -69,7 +69,8 @@ def all_max_(x: torch.Tensor, name: str) -> torch.Tensor:
 
 def assert_equal_rows(x: torch.Tensor, name: str) -> None:
     """Unequal rows would hang or mix up a gather. On a GPU the check is enqueued, so that the host does not wait."""
-    span = torch.tensor([x.shape[0], -x.shape[0]], device=x.device)
+    span = torch.full((2,), x.shape[0], device=x.device)
+    span[1:].neg_()
     all_max_(span, name)
     if x.device.type == "cpu":
         most, least = int(span[0]), -int(span[1])

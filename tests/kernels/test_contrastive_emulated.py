@@ -114,6 +114,16 @@ def test_strides():
                 torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
 
 
+def test_labels_of_one_slot_of_several():
+    image, text, _ = pairs(9, 6, torch.float32, 0)
+    hashes, scale, bias = torch.randint(0, 3, (9, 4)), torch.tensor(4.0), torch.tensor(-1.0)
+    for slot in (0, 2):
+        got = contrastive_loss(image, text, scale, hashes[:, slot], impl="emulated")
+        torch.testing.assert_close(got, eager_clip(image, text, scale, hashes[:, slot]))
+        got = siglip_loss(image, text, scale, bias, hashes[:, slot], impl="emulated")
+        torch.testing.assert_close(got, eager_siglip(image, text, scale, bias, hashes[:, slot]))
+
+
 @pytest.mark.parametrize("spread", [0, 5])
 def test_equal_bits_under_every_schedule(spread):
     image, text, labels = pairs(75, 16, torch.bfloat16, 0, spread=spread)

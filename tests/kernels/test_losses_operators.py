@@ -64,6 +64,13 @@ def test_under_a_checkpoint_and_with_a_retained_graph(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_second_derivative_is_refused(name):
+    function, leaves = losses()[name]
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_autocast_changes_nothing(name):
     function, leaves = losses()[name]
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -19,6 +19,7 @@ import torch
 
 from compt_kernels import exchange
 from compt_kernels.ops.pairs import Gradients, Pairs, Tile, gather_pairs, walk
+from compt_kernels.ops.scale import refuse_second_derivative
 from compt_kernels.ops.tiles import NOTHING, tiles
 from compt_kernels.products import common_dtype, sum_dtype
 
@@ -48,6 +49,7 @@ def clip_loss(
 ) -> torch.Tensor:
     """`contrastive_loss` by tiles of at most `tile` elements, with the kernels or with their `plain` form."""
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (image, text, logit_scale)]
+    labels = None if labels is None else labels.contiguous()
     return _Contrastive.apply(image, text, logit_scale, labels, group, tile, plain, *wanted)
 
 
@@ -83,6 +85,7 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative("contrastive_loss")
         if ctx.at_once:
             gradients = [upstream * saved for saved in ctx.saved_tensors]
         else:

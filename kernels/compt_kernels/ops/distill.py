@@ -15,7 +15,7 @@ import torch
 
 from compt_kernels import exchange
 from compt_kernels.ops.distill_rows import distill_rows
-from compt_kernels.ops.scale import scaled
+from compt_kernels.ops.scale import refuse_second_derivative, scaled
 from compt_kernels.products import add_product_, aligned, common_dtype, product_, sum_dtype
 from compt_kernels.reference.distill import kth_largest
 
@@ -94,6 +94,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative("distill_kl")
         found: list[torch.Tensor | None] = []
         for gradient, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted):
             if not want:
@@ -127,6 +128,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative("distill_kl")
         *inputs, weight = ctx.saved_tensors
         weight = torch.where(weight != 0, weight * upstream, 0.0)
         _, *gradients = torch.ops.compt_kernels.distill(*inputs, weight, *ctx.options, *ctx.wanted)
@@ -197,8 +199,9 @@ def _distill(
     held = sums if half else dtype
     rows = weight.new_zeros(tokens)
     d_hidden = hidden.new_empty(hidden.shape if hidden_gradient else 0, dtype=held)
-    one_product = kept >= tokens
-    d_head = head.new_zeros(head.shape if head_gradient else 0, dtype=held if one_product else sums)
+    one_product = 0 < tokens <= kept
+    start_head = head.new_empty if one_product else head.new_zeros
+    d_head = start_head(head.shape if head_gradient else 0, dtype=held if one_product else sums)
     slopes = aligned(kept if wanted else 0, vocabulary, head, dtype)
     student_logits = None if wide and wanted else aligned(chunk, vocabulary, head, sums)
     teacher_logits = aligned(chunk, vocabulary, head, sums)

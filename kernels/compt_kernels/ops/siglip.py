@@ -13,6 +13,7 @@ import torch
 
 from compt_kernels import exchange
 from compt_kernels.ops.pairs import Gradients, gather_pairs, walk
+from compt_kernels.ops.scale import refuse_second_derivative
 from compt_kernels.ops.tiles import tiles
 from compt_kernels.products import common_dtype, sum_dtype
 
@@ -37,6 +38,7 @@ def sigmoid_loss(
 ) -> torch.Tensor:
     """`siglip_loss` by tiles of at most `tile` elements, with the kernels or with their `plain` form."""
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (image, text, logit_scale, logit_bias)]
+    labels = None if labels is None else labels.contiguous()
     return _Siglip.apply(image, text, logit_scale, logit_bias, labels, group, tile, plain, *wanted)
 
 
@@ -68,6 +70,7 @@ class _Siglip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative("siglip_loss")
         gradients = [upstream * saved for saved in ctx.saved_tensors]
         if ctx.group and ctx.wanted[1]:
             gradients[1] = torch.ops.compt_kernels.reduce_scatter(gradients[1], ctx.group)
