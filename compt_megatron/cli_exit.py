@@ -32,8 +32,8 @@ _WAIT_FOR_MAIN_S = 1.0
 # what the bare install does not have: top-level module -> the extra that brings it
 _EXTRA_OF = {
     **dict.fromkeys(("megatron", "deepspeed", "open_clip", "torchvision", "timm", "webdataset", "matplotlib"), "train"),
-    **dict.fromkeys(("tensorboard", "psutil"), "train"),
-    **dict.fromkeys(("emoji", "resvg_py", "PIL"), "data"),
+    **dict.fromkeys(("tensorboard", "psutil", "PIL"), "train"),  # PIL comes with torchvision, and with `data`
+    **dict.fromkeys(("emoji", "resvg_py"), "data"),
     **dict.fromkeys(("tokenizers", "zstandard"), "llm"),
 }
 

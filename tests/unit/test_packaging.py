@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXTRAS = (
     "megatron", "deepspeed", "open_clip", "torchvision", "timm", "webdataset", "tensorboard", "matplotlib", "psutil",
-    "emoji", "resvg_py", "PIL", "transformers", "pytest",
+    "emoji", "resvg_py", "PIL", "transformers", "tokenizers", "zstandard", "pytest",
 )  # fmt: skip
 
 # Runs commands in one process in which the packages of the extras cannot be found, as if they were not installed.
@@ -63,8 +63,9 @@ COMMANDS = {
     "doctor": ["doctor"],
     "train": ["train", "emoji", "--run-dir", "run"],
     "eval": ["eval", "large", "--data", "emoji/unseen_names"],
+    "text": ["data", "text", "words.txt", "never", "--train-bpe", "300"],
 }
-NEED_THE_EXTRA = ("train", "eval")
+NEED_THE_EXTRA = {"train": "train", "eval": "train", "text": "llm"}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         archive.extractall(folder / "site")
     work = folder / "work"
     work.mkdir()
+    (work / "words.txt").write_text("some words")
     environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-c", BARE, json.dumps(EXTRAS), json.dumps(list(COMMANDS.values()))]
     done = subprocess.run(program, cwd=work, env=environment, capture_output=True, text=True)
@@ -131,7 +133,7 @@ def test_what_the_grow_tool_said(bare: dict[str, Any]) -> None:
     assert record["growth"]["tensors"] > 100
     work = bare["folder"] / "work"
     made = {path.name for path in work.iterdir()}
-    assert made == {"small.pt", "small.pt.compt.json", "large", "larger",
+    assert made == {"words.txt", "small.pt", "small.pt.compt.json", "large", "larger",
                     "larger.safetensors", "larger.safetensors.compt.json"}  # fmt: skip
 
 
@@ -140,4 +142,4 @@ def test_what_needs_the_extra_says_so_in_one_line(name: str, bare: dict[str, Any
     code, _, err, _ = bare["results"][name]
     assert code == 2, err
     assert err.count("\n") == 1
-    assert "pip install 'compt-megatron[train]'" in err
+    assert f"pip install 'compt-megatron[{NEED_THE_EXTRA[name]}]'" in err
