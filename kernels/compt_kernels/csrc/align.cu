@@ -1,5 +1,8 @@
 // The alignment loss on rows [N, features], in one pass: a row of student and teacher is read once into registers and
-// the gradient is written once. Losses are summed in fp64, block by block in a fixed order: no atomics.
+// the gradient is written once. Losses are summed in fp64, by rows in a block and then by blocks, each in a fixed order:
+// the block that ends last adds them up, whichever it is.
+#include <atomic>
+
 #include "align_math.h"
 
 namespace compt {
@@ -7,14 +10,20 @@ namespace {
 
 constexpr int MAX_WEIGHT_PARTS = 256;
 constexpr int64_t DIRECT_WEIGHTS = 4096;  // up to so many weights each block sums for itself
-constexpr int WEIGHT_THREADS = 256, FINISH_THREADS = 256;
+constexpr int WEIGHT_THREADS = 256;
 
-// Workspace: what the mean divides by; partial sums of the weights; each block's sum of losses.
-constexpr int WHOLE = 0, WEIGHT_PARTS = 1, LOSS_PARTS = 1 + MAX_WEIGHT_PARTS;
+// Workspace: partial sums of the weights, then each block's sum of losses.
+constexpr int WEIGHT_PARTS = 0, LOSS_PARTS = MAX_WEIGHT_PARTS;
+
+// Where the blocks of a launch count themselves; all zero between launches. Each launch has the next one, so that two
+// that run at once, in streams or graphs, meet only if 65,535 others were launched between them.
+constexpr unsigned TICKETS = 1 << 16;
+__device__ unsigned tickets[TICKETS];
 
 struct Plan {
   AlignArgs a;
   int weight_parts;  // 0: sum the weights themselves
+  unsigned ticket;
 };
 
 __device__ inline float weight_of(const AlignArgs& a, int64_t row) {
@@ -87,25 +96,31 @@ __device__ inline Factors factors(const AlignArgs& a, double whole) {
   return {loss, slope / unit, unit};
 }
 
-// The end of every row kernel: unit and whole by block 0, this block's sum of losses.
-template <int THREADS> __device__ inline void end_rows(const AlignArgs& a, double whole, double unit, double loss,
+// The end of every row kernel: unit by block 0, this block's sum of losses, and by the last block the sum of those.
+template <int THREADS> __device__ inline void end_rows(const Plan& p, double whole, double unit, double loss,
                                                        double* scratch) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *a.unit = static_cast<float>(unit);
-    a.workspace[WHOLE] = whole;
-  }
+  __shared__ bool last;
+  const AlignArgs& a = p.a;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *a.unit = static_cast<float>(unit);
   if (a.reduction == REDUCE_NONE) return;
   double sum[1] = {loss};
   block_sum<THREADS>(sum, scratch);
-  if (threadIdx.x == 0) a.workspace[LOSS_PARTS + blockIdx.x] = sum[0];
-}
-
-__global__ void __launch_bounds__(FINISH_THREADS) finish_loss(const double* workspace, int blocks, float* loss) {
-  __shared__ double scratch[FINISH_THREADS / 32];
-  double sum[1] = {0};
-  for (int i = threadIdx.x; i < blocks; i += FINISH_THREADS) sum[0] += workspace[LOSS_PARTS + i];
-  block_sum<FINISH_THREADS>(sum, scratch);
-  if (threadIdx.x == 0) *loss = static_cast<float>(sum[0] / workspace[WHOLE]);
+  if (threadIdx.x == 0) {
+    a.workspace[LOSS_PARTS + blockIdx.x] = sum[0];
+    __threadfence();
+    last = atomicAdd(&tickets[p.ticket], 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  sum[0] = 0;
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += THREADS)
+    sum[0] += load_shared_by_blocks(&a.workspace[LOSS_PARTS + i]);
+  block_sum<THREADS>(sum, scratch);
+  if (threadIdx.x == 0) {
+    *a.loss = static_cast<float>(sum[0] / whole);
+    tickets[p.ticket] = 0;
+  }
 }
 
 // A row in the registers of THREADS threads, VECTORS times eight features each.
@@ -223,11 +238,13 @@ __global__ void __launch_bounds__(THREADS == 32 ? 128 : THREADS) align_held(Plan
       }
     }
   }
-  end_rows<BLOCK>(a, whole, factor.unit, loss, wide);
+  end_rows<BLOCK>(p, whole, factor.unit, loss, wide);
 }
 
 // Any width, any strides: the row is read again for each of its sums, from the caches where it fits.
-template <int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? 128 : THREADS) align_streamed(Plan p) {
+// The bounds let the compiler have registers for two loads in flight; it would rather spill to seat more blocks.
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS == 32 ? 128 : THREADS, THREADS == 32 ? 4 : 2) align_streamed(Plan p) {
   constexpr int BLOCK = THREADS == 32 ? 128 : THREADS, ROWS = BLOCK / THREADS;
   __shared__ double wide[BLOCK / 32];
   __shared__ float scratch[3 * BLOCK / 32];
@@ -258,6 +275,7 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? 128 : T
       if (a.norm == NORM_LAYER) {
         const float s_first = student(0), t_first = teacher(0);
         float sums[2] = {0.f, 0.f};
+#pragma unroll 2
         for (int64_t c = lane; c < a.features; c += THREADS)
           sums[0] += student(c) - s_first, sums[1] += teacher(c) - t_first;
         block_sum<THREADS>(sums, scratch);
@@ -265,6 +283,7 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? 128 : T
         t_mean = t_first + sums[1] / static_cast<float>(a.features);
       }
       if (a.norm != NORM_NONE || a.distance == COSINE) {
+#pragma unroll 2
         for (int64_t c = lane; c < a.features; c += THREADS) {
           const float s = student(c) - s_mean, t = teacher(c) - t_mean;
           squares[0] += s * s, squares[1] += t * t;
@@ -276,6 +295,7 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? 128 : T
       offset = offset_of(as, at);
       if (as.live && at.live) {
         float sums[3] = {0.f, 0.f, 0.f};
+#pragma unroll 2
         for (int64_t c = lane; c < a.features; c += THREADS) {
           float part;
           const float slope = slope_at(c, part);
@@ -293,6 +313,7 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? 128 : T
     }
     if (a.gradient) {
       const int64_t g0 = row * a.features;
+#pragma unroll 2
       for (int64_t c = lane; c < a.features; c += THREADS) {
         float part, g = 0.f;
         if (scale != 0.f) {
@@ -303,7 +324,7 @@ template <int THREADS> __global__ void __launch_bounds__(THREADS == 32 ? 128 : T
       }
     }
   }
-  end_rows<BLOCK>(a, whole, factor.unit, loss, wide);
+  end_rows<BLOCK>(p, whole, factor.unit, loss, wide);
 }
 
 bool vector_rows(const Rows& rows, const AlignArgs& a) {
@@ -342,7 +363,8 @@ extern "C" int64_t compt_align_workspace(const AlignArgs* args, int multiprocess
 }
 
 extern "C" int compt_align_rows(const AlignArgs* args, int multiprocessors, void* stream) {
-  Plan p{*args, 0};
+  static std::atomic<unsigned> launches{0};
+  Plan p{*args, 0, launches++ % TICKETS};
   const AlignArgs& a = p.a;
   const Shape shape = shape_of(a, multiprocessors);
   const int64_t rows = a.outer_rows * a.inner_rows;
@@ -362,7 +384,5 @@ extern "C" int compt_align_rows(const AlignArgs* args, int multiprocessors, void
     case 32 * 8: LAUNCH(align_streamed<32>, grid, block, 0, stream, p); break;
     default: LAUNCH(align_streamed<256>, grid, block, 0, stream, p); break;
   }
-  if (a.reduction != REDUCE_NONE)
-    LAUNCH(finish_loss, dim3(1), dim3(FINISH_THREADS), 0, stream, a.workspace, shape.blocks, a.loss);
   return LAST_ERROR();
 }

@@ -45,6 +45,7 @@ inline uint16_t float_to_f16(float x) { return emulator::to_f16(x); }
 inline uint32_t float_bits(float x) { return emulator::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t bits) { return emulator::bit_cast<float>(bits); }
 inline float mul_rn(float a, float b) { return a * b; }
+template <class T> inline T load_shared_by_blocks(const T* p) { return *p; }
 #else
 __device__ inline float bf16_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 __device__ inline uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
@@ -53,6 +54,7 @@ __device__ inline uint16_t float_to_f16(float x) { return __half_as_ushort(__flo
 __device__ inline uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ inline float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline float mul_rn(float a, float b) { return __fmul_rn(a, b); }  // never fused into an FMA
+template <class T> __device__ inline T load_shared_by_blocks(const T* p) { return __ldcg(p); }  // past L1, which may be stale
 #endif
 
 // One element; `index` in elements.
