@@ -154,8 +154,11 @@ __device__ inline void compare(Held<THREADS, VECTORS>& row, const Affine& as, co
   });
 }
 
+// Blocks that a multiprocessor must be able to hold: left to itself the compiler spills for the sake of more.
+constexpr int least_blocks(int threads) { return threads == 32 ? 4 : threads == 128 ? 6 : threads == 256 ? 3 : 1; }
+
 template <int THREADS, int VECTORS>
-__global__ void __launch_bounds__(THREADS == 32 ? 128 : THREADS) align_held(Plan p) {
+__global__ void __launch_bounds__(THREADS == 32 ? 128 : THREADS, least_blocks(THREADS)) align_held(Plan p) {
   constexpr int BLOCK = THREADS == 32 ? 128 : THREADS, ROWS = BLOCK / THREADS;
   __shared__ double wide[BLOCK / 32];
   __shared__ float scratch[3 * BLOCK / 32];
