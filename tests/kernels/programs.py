@@ -56,4 +56,8 @@ def run(target: Path, *arguments: str, timeout: float = 240) -> subprocess.Compl
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    return subprocess.run([str(target), *arguments], capture_output=True, text=True, timeout=timeout, env=env)
+    done = subprocess.run([str(target), *arguments], capture_output=True, text=True, timeout=timeout, env=env)
+    if "unexpected memory mapping" in done.stderr:  # ThreadSanitizer of older compilers under newer kernels
+        command = ["setarch", "-R", str(target), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+    return done

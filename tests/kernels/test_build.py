@@ -23,6 +23,7 @@ needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="needs nvcc; this machine
 
 
 @needs_nvcc
+@pytest.mark.timeout(900)
 def test_no_kernel_spills_on_any_architecture() -> None:
     """Every .cu for every target, as `make kernels` compiles it; the objects are those that it links."""
     toolchain = build.cuda_toolchain()
@@ -40,6 +41,7 @@ def test_no_kernel_spills_on_any_architecture() -> None:
 
 
 @needs_nvcc
+@pytest.mark.timeout(900)
 def test_the_library_loads_without_a_gpu() -> None:
     """Whatever torch is installed: one library on torch's stable ABI, whose one CUDA symbol of torch is weak."""
     library = build.build(build.cuda_toolchain())
