@@ -172,6 +172,7 @@ def _config(tower: Tower, dtype: torch.dtype, part: ModelPart, options: dict[str
         activation_func=ACTIVATIONS[tower.activation],
         gated_linear_unit=tower.gated,
         normalization="RMSNorm" if tower.norm == "rms" else "LayerNorm",
+        qk_layernorm=tower.head_norm,
         layernorm_epsilon=tower.norm_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
