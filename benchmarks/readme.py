@@ -122,6 +122,8 @@ def other_section(results: Path) -> str:
         *grow_rows(_load(results, "grow")),
         *(grow_rows(large) if (large := _load(results, "grow_20gb")) else []),
         *(grow_rows(peers) if (peers := _load(results, "grow_peers")) else []),
+        *layout_rows(_load(results, "layouts"), _load(results, "communication")),
+        *step_rows(_load(results, "train_step")),
         *modelled_rows(),
         ("accuracy of the CC3M and Merged-15M chains", "-", NOT_YET, "`compt train cc3m`"),
         ("throughput on GPUs, scaling over nodes", "-", NOT_YET, "-"),
@@ -185,6 +187,40 @@ def grow_rows(result: dict[str, Any] | None) -> list[Row]:
         if "MB_per_second" in found:
             value = f"{found['MB_per_second']} MB/s; {found['peak_MiB']} MiB"
             rows.append((f"{name} for the same ({found['task']})", value, known, command))
+    return rows
+
+
+def layout_rows(layouts: dict[str, Any] | None, communication: dict[str, Any] | None) -> list[Row]:
+    """How near the layouts of several processes come to one, and whether they send what the planner says."""
+    command, wire = "`python benchmarks/layouts.py`", "`python benchmarks/communication.py`"
+    rows: list[Row] = []
+    if layouts:
+        known, worst = f"measured ({machine(layouts['machine'])})", layouts["worst"]
+        near = f"{worst['loss_error']:.0e}, {worst['gradient_error']:.0e}; {layouts['beyond_a_limit']} beyond a limit"
+        what = f"losses of 20 steps and first gradient, {layouts['measured']} layouts, against one process: worst error"
+        rows.append((what, near, known, command))
+    if communication:
+        count = len(communication["layouts"])
+        same = f"{count - communication['differ']} of {count}"
+        rows.append(("layouts that send exactly the bytes of the planner's formulas", same, "measured", wire))
+    return rows
+
+
+def step_rows(result: dict[str, Any] | None) -> list[Row]:
+    """An engine's training step beside others', as ratios of time: below 1 is faster."""
+    rows: list[Row] = []
+    for precision, found in (result or {}).items():
+        known = f"measured ({machine(found['machine'])})"
+        for setting in ("task", "distilled"):
+            ratios = found.get(setting, {}).get("ratios", {})
+            for pair, ratio in ratios.items():
+                ours, _, theirs = pair.partition(" / ")
+                if "amp" in theirs or (ours != "deepspeed" and f"deepspeed / {theirs}" in ratios and "zero" in ours):
+                    continue  # the slower of a contender's two ways
+                cpu, teacher = ratio["cpu"], " with a teacher" if setting == "distilled" else ""
+                what = f"step of {found['model']['name']}{teacher}, {precision}: {ours} against {theirs}, time"
+                value = f"{cpu['median']:.2f} ({cpu['least']:.2f} to {cpu['most']:.2f})"
+                rows.append((what, value, known, f"`{found['command']}`"))
     return rows
 
 
