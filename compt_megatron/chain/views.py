@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from compt_megatron.observe.numbers import human, percent
+from compt_megatron.observe.numbers import decimal, human, percent
 
+_PLAIN_METRICS = ("perplexity", "bits_per_byte", "loss")  # the others that are no counts are fractions
 _PLAIN_WIDTH = 200  # off a terminal nobody's width is known: rows stay on one line
 
 
@@ -88,14 +89,16 @@ def print_verification(records: list[dict[str, Any]]) -> None:
 
 
 def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
-    """Accuracies and recalls, one row a data set."""
+    """Accuracies and recalls, or a language model's perplexity, one row a data set."""
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    rows = [(name, *(_metric(metrics.get(metric)) for metric in names)) for name, metrics in results.items()]
+    rows = [(name, *(_metric(metric, metrics.get(metric)) for metric in names)) for name, metrics in results.items()]
     print_table("", ("Data", *names), rows)
 
 
-def _metric(value: Any) -> str:
-    return percent(value) if isinstance(value, float) else human(value)
+def _metric(name: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return human(value)
+    return decimal(value) if name in _PLAIN_METRICS else percent(value)
 
 
 def print_health(found: dict[str, Any], advice: list[str]) -> None:

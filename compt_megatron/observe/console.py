@@ -16,7 +16,7 @@ from rich.table import Table
 from compt_megatron.observe import numbers
 from compt_megatron.observe import table as summary
 from compt_megatron.observe.family import family_of, leading_metric, parity_of
-from compt_megatron.observe.verdict import METRIC_NAMES, judge
+from compt_megatron.observe.verdict import METRIC_NAMES, judge, shown
 
 _PLAIN_WIDTH = 200  # off a terminal nobody's width is known: tables keep their rows on one line
 
@@ -85,9 +85,9 @@ class Console:
         """An evaluation {set: {metric: value}} at `step`."""
         for name, values in metrics.items():
             wanted = [metric for metric in METRIC_NAMES if metric in values]
-            shown = ", ".join(f"{METRIC_NAMES[metric]} {numbers.percent(values[metric])}" for metric in wanted)
+            text = ", ".join(f"{METRIC_NAMES[metric]} {shown(metric, values[metric])}" for metric in wanted)
             if leading_metric(values) is not None:
-                self.message(f"{link}: step {step:,} on {name}: {shown}")
+                self.message(f"{link}: step {step:,} on {name}: {text}")
 
     def export(self, link: str, path: str | Path) -> None:
         """`link` was exported to `path`."""
@@ -121,7 +121,7 @@ class Console:
 
 def _short(heading: str) -> str:
     """A heading of the table that can wrap at blanks: "held out artist, % top-1/5"."""
-    name, comma, metrics = heading.partition(", % ")
+    name, comma, metrics = heading.partition(", % ") if ", % " in heading else heading.partition(", ")
     return (
         (name.rsplit("/", 1)[-1] + comma + metrics)
         .replace("_", " ")

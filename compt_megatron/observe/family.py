@@ -15,7 +15,8 @@ from compt_megatron.recipe.files import read_json
 LEDGER_FILE = "chain.json"
 EVALUATION_FILE = "evaluation.jsonl"
 DONE_STATES = ("trained", "done")
-LEADING_METRICS = ("top1", "i2t_r1", "t2i_r1")  # what a set is judged by: the first of these that it has
+LEADING_METRICS = ("top1", "i2t_r1", "t2i_r1", "perplexity")  # what a set is judged by: the first of these that it has
+LOWER_IS_BETTER = ("perplexity", "bits_per_byte")  # of a language model; the others are fractions
 
 Evaluation = dict[str, dict[str, float]]
 
@@ -59,7 +60,7 @@ class Member:
         return self.state in DONE_STATES
 
     def score(self, eval_set: str) -> float | None:
-        """The leading metric on `eval_set` at the end, a fraction; None where it was not measured."""
+        """The leading metric on `eval_set` at the end; None where it was not measured."""
         metric = leading_metric(self.evaluation.get(eval_set, {}))
         return self.evaluation[eval_set][metric] if metric else None
 
@@ -108,8 +109,13 @@ class Family:
 
 
 def leading_metric(values: Mapping[str, float]) -> str | None:
-    """What an evaluation set is judged by: zero-shot top-1, else retrieval recall at 1."""
+    """What an evaluation set is judged by: zero-shot top-1, else retrieval recall at 1; of text, perplexity."""
     return next((metric for metric in LEADING_METRICS if metric in values), None)
+
+
+def gain(metric: str, ours: float, theirs: float) -> float:
+    """By how much `ours` is better than `theirs`: above 0 where it is."""
+    return theirs - ours if metric in LOWER_IS_BETTER else ours - theirs
 
 
 def parity_of(certificate: Mapping[str, Any]) -> float | None:

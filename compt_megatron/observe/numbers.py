@@ -56,6 +56,13 @@ def percent(fraction: float | None, digits: int = 1) -> str:
     return UNKNOWN if fraction is None or not is_known(fraction) else f"{100 * fraction:.{digits}f} %"
 
 
+def decimal(value: float | None) -> str:
+    """A number of about 1 to 1,000 (perplexities, bits per byte): 2.155, 23.41, 4,096.3."""
+    if value is None or not is_known(value):
+        return UNKNOWN
+    return f"{value:,.{3 if abs(value) < 10 else 2 if abs(value) < 1000 else 1}f}"
+
+
 def scientific(value: float | None) -> str:
     """Three significant digits in scientific notation (learning rates, errors): 9.80e-04."""
     return UNKNOWN if value is None or not is_known(value) else f"{value:.2e}"

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compt_megatron.observe.family import Family, Member
+from compt_megatron.observe.family import LOWER_IS_BETTER, Family, Member
 from compt_megatron.observe.figure import Label, Palette, colour_index, drawing, end_labels, free_labels, style
 from compt_megatron.observe.numbers import scale_of
-from compt_megatron.observe.verdict import METRIC_NAMES, curve_of
+from compt_megatron.observe.verdict import METRIC_NAMES, curve_of, shown
 
 Metrics = dict[str, dict[str, list[float]]]
 _MANY = 40  # logged points from which a curve is smoothed, with its raw values faint behind it
@@ -60,12 +60,26 @@ def draw_accuracy(family: Family, eval_sets: Sequence[str], palette: Palette, sh
             _draw_curves(axes, family, curves, palette, factor, markers=True)
             axes.set_xlabel(f"compute so far, predecessors included ({letter}MACs)")
             axes.set_xlim(0, most / factor * 1.02)
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-            axes.set_title(f"{METRIC_NAMES[family.metric_of(name)]}, {name}", color=palette.ink)
+            metric = family.metric_of(name)
+            if metric in LOWER_IS_BETTER:
+                _lower_limits(axes, curves)
+            else:
+                axes.set_ylim(bottom=0)
+                axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+            axes.set_title(f"{METRIC_NAMES[metric]}, {name}", color=palette.ink)
             style(axes, palette)
             _label_curves(axes, family, curves, palette, factor, shape)
     return figure
+
+
+def _lower_limits(axes: Any, curves: Sequence[Curve]) -> None:
+    """A metric whose best values are what matters, on a logarithmic axis: not up to an untrained model's."""
+    low, ends = min(min(curve.ys) for curve in curves), max(curve.ys[-1] for curve in curves)
+    top = max(2 * ends, 4 * low)
+    axes.set_yscale("log")
+    axes.set_ylim(low / 1.1, min(top, 1.1 * max(max(curve.ys) for curve in curves)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.3g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.3g}")
 
 
 def draw_losses(family: Family, metrics: Metrics, palette: Palette, shape: Shape) -> Any | None:
@@ -128,7 +142,8 @@ def _accuracy_curves(family: Family, eval_set: str) -> list[Curve]:
         if points:
             xs, ys = [x for x, _ in points], [y for _, y in points]
             name = f"{member.link or member.name} alone" if member.control else member.name
-            curves.append(Curve(member.name, xs, ys, member.control, name, f"{100 * ys[-1]:.1f} %"))
+            value = shown(family.metric_of(eval_set), ys[-1])
+            curves.append(Curve(member.name, xs, ys, member.control, name, value))
     return curves
 
 

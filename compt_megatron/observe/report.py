@@ -11,7 +11,7 @@ from typing import Any
 
 from compt_megatron.checkpoint.out_file import no_room
 from compt_megatron.observe import table
-from compt_megatron.observe.family import Family, read_family
+from compt_megatron.observe.family import LOWER_IS_BETTER, Family, read_family
 from compt_megatron.observe.figure import PRINT, THEMED, Palette, png, svg
 from compt_megatron.observe.metrics import read_metrics
 from compt_megatron.observe.page import Picture, render
@@ -80,13 +80,14 @@ def as_json(family: Family, verdict: Verdict) -> dict[str, Any]:
 def _pictures(family: Family, run_dir: Path) -> list[tuple[str, str, str, Draw]]:
     """(file stem, heading, caption, how to draw it) of every plot."""
     metrics, sets = read_metrics(run_dir), family.eval_sets
+    text = bool(sets) and family.metric_of(sets[0]) in LOWER_IS_BETTER
     dashed = " Dashed: the same model trained alone." if family.controls else ""
     found: list[tuple[str, str, str, Draw]] = [
         (
             "accuracy",
-            "Accuracy over compute",
+            f"{'Perplexity' if text else 'Accuracy'} over compute",
             "Each curve starts where its predecessor's compute ends, so height at the right edge is what all of the "
-            f"chain's compute bought.{dashed}",
+            f"chain's compute bought{'; lower is better' if text else ''}.{dashed}",
             lambda palette, shape: draw_accuracy(family, sets[:1], palette, shape),
         ),
         (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compt_megatron.observe import numbers
-from compt_megatron.observe.family import Family, Member
+from compt_megatron.observe.family import LOWER_IS_BETTER, Family, Member
 
 # key, heading, what it is
 COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -97,14 +97,28 @@ def _row(family: Family, member: Member) -> Row:
     return Row(member.name, member.control, last, values, cells)
 
 
+# leading metric: the two that a cell shows, and its heading
+_CELLS = {
+    "top1": (("top1", "top5"), "% top-1 / top-5"),
+    "i2t_r1": (("i2t_r1", "t2i_r1"), "% R@1 i>t / t>i"),
+    "t2i_r1": (("i2t_r1", "t2i_r1"), "% R@1 i>t / t>i"),
+    "perplexity": (("perplexity", "bits_per_byte"), "perplexity / bits per byte"),
+}
+
+
 def _set_heading(family: Family, eval_set: str) -> str:
-    return f"{eval_set}, % top-1 / top-5" if family.metric_of(eval_set) == "top1" else f"{eval_set}, % R@1 i>t / t>i"
+    return f"{eval_set}, {_CELLS[family.metric_of(eval_set)][1]}"
 
 
 def _score_cell(family: Family, member: Member, eval_set: str) -> str:
-    pair = ("top1", "top5") if family.metric_of(eval_set) == "top1" else ("i2t_r1", "t2i_r1")
+    pair, _ = _CELLS[family.metric_of(eval_set)]
     values = member.evaluation.get(eval_set, {})
     if not any(metric in values for metric in pair):
         return numbers.UNKNOWN
-    texts = (f"{100 * values[metric]:.1f}" if metric in values else numbers.UNKNOWN for metric in pair)
-    return "/".join(texts)
+    return "/".join(_value(metric, values.get(metric)) for metric in pair)
+
+
+def _value(metric: str, value: float | None) -> str:
+    if value is None:
+        return numbers.UNKNOWN
+    return numbers.decimal(value) if metric in LOWER_IS_BETTER else f"{100 * value:.1f}"

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compt_megatron.observe import numbers
-from compt_megatron.observe.family import Family, Member, Point, leading_metric
+from compt_megatron.observe.family import LOWER_IS_BETTER, Family, Member, Point, gain, leading_metric
 
 METRIC_NAMES = {
     "top1": "top-1",
     "top5": "top-5",
     "i2t_r1": "image-to-text recall at 1",
     "t2i_r1": "text-to-image recall at 1",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
 }
 SAME_COMPUTE = 0.02  # the share by which two budgets may differ and still be called equal
-EQUAL = 0.0005  # fractions closer than this print as the same per cent
+EQUAL = 0.0005  # fractions closer than this print as the same per cent; of perplexities, their share of one
 
 Outcome = Literal["won", "lost", "tied", "no control", "unfinished"]
 
@@ -34,6 +36,11 @@ class Verdict:
         return " ".join((self.headline, *self.details))
 
 
+def shown(metric: str, value: float | None) -> str:
+    """The value of a metric as people read it: 18.8 %, or a plain number where it is no fraction."""
+    return numbers.decimal(value) if metric in LOWER_IS_BETTER else numbers.percent(value)
+
+
 def judge(family: Family) -> Verdict:
     """Compare the last link with the best of its controls on the run's first evaluation set."""
     done = [link for link in family.links if link.done]
@@ -46,8 +53,10 @@ def judge(family: Family) -> Verdict:
     eval_set = next((name for name in sets if last.score(name) is not None), None)
     if eval_set is None:
         return Verdict("no control", f"All {len(done)} links are trained, but nothing was evaluated: no result.")
-    metric = METRIC_NAMES[family.metric_of(eval_set)]
-    reached = f"{last.name} reaches {numbers.percent(last.score(eval_set))} {metric} on {eval_set}"
+    metric = family.metric_of(eval_set)
+    reached = f"{last.name} reaches {shown(metric, last.score(eval_set))} {METRIC_NAMES[metric]} on {eval_set}"
+    if metric in LOWER_IS_BETTER:
+        reached = f"{last.name} reaches {METRIC_NAMES[metric]} {shown(metric, last.score(eval_set))} on {eval_set}"
     spent = last.macs_cumulative
     total = f"after {numbers.macs(spent)} in the whole chain" if spent else "at the chain's end"
     controls = [control for control in family.controls_of(last) if control.score(eval_set) is not None]
@@ -55,15 +64,19 @@ def judge(family: Family) -> Verdict:
         pending = family.controls_of(last)
         why = f"its control {pending[0].name} is not trained yet" if pending else "no control was trained beside it"
         return Verdict("no control", f"{reached} {total}. Whether the chain helped is not known: {why}.")
-    best = max(controls, key=lambda control: control.score(eval_set) or 0.0)
-    return _compare(last, best, eval_set, reached, len(controls))
+    best = max(controls, key=lambda control: gain(metric, control.score(eval_set) or 0.0, 0.0))
+    return _compare(last, best, eval_set, metric, reached, len(controls))
 
 
-def _compare(last: Member, best: Member, eval_set: str, reached: str, tried: int) -> Verdict:
+def _compare(last: Member, best: Member, eval_set: str, metric: str, reached: str, tried: int) -> Verdict:
     ours, theirs = last.score(eval_set) or 0.0, best.score(eval_set) or 0.0  # both are known here
-    gap, points = ours - theirs, f"{100 * abs(ours - theirs):.1f} points"
-    against = f"the same model trained alone {_budget(last, best)} reaches {numbers.percent(theirs)}"
-    details = [_catching_up(last, best, eval_set)]
+    gap, points = gain(metric, ours, theirs), f"{100 * abs(ours - theirs):.1f} points"
+    against = f"the same model trained alone {_budget(last, best)} reaches {shown(metric, theirs)}"
+    details = [_catching_up(last, best, eval_set, metric)]
+    if metric in LOWER_IS_BETTER:
+        gap /= theirs
+        points = f"{100 * abs(gap):.1f} % of {METRIC_NAMES[metric]} (lower is better)"
+        details.insert(0, "The spread between seeds is not known from one run.")
     if (noise := _standard_error(last, best, eval_set)) is not None:
         count, error = noise
         if EQUAL <= abs(gap) <= 2 * error:
@@ -104,20 +117,20 @@ def _standard_error(last: Member, best: Member, eval_set: str) -> tuple[int, flo
     return int(count), math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / count)
 
 
-def _catching_up(last: Member, best: Member, eval_set: str) -> str:
+def _catching_up(last: Member, best: Member, eval_set: str, metric: str) -> str:
     """At how much compute the model alone first reached the chain's final result."""
     goal, curve = last.score(eval_set), curve_of(best, eval_set)
     if goal is None or not last.macs_cumulative or len(curve) < 2:
         return ""
-    reached = next((macs for macs, score in curve if score >= goal), None)
+    reached = next((macs for macs, score in curve if gain(metric, score, goal) >= 0), None)
     if reached is None:
         return "Alone it never reached the chain's result within its budget."
     share = reached / last.macs_cumulative
-    return f"Alone it first reached {numbers.percent(goal)} after {share:.2f} times the chain's compute."
+    return f"Alone it first reached {shown(metric, goal)} after {share:.2f} times the chain's compute."
 
 
 def curve_of(member: Member, eval_set: str) -> list[tuple[float, float]]:
-    """(cumulative MACs, leading metric as a fraction) of a member's evaluations on one set."""
+    """(cumulative MACs, leading metric) of a member's evaluations on one set."""
     return [(point.macs, value) for point in member.curve if (value := _value(point, eval_set)) is not None]
 
 

@@ -8,11 +8,13 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from observe_sample import MODELS, write_run
 
 from compt_megatron.errors import UserError
+from compt_megatron.observe import table
 from compt_megatron.observe.family import family_of, read_family
 from compt_megatron.observe.figure import DARK, DARK_SERIES, LIGHT, LIGHT_SERIES, apart
 from compt_megatron.observe.plots import smooth, thin
@@ -114,6 +116,35 @@ def test_noise_unequal_budgets_and_ties_are_said(tmp_path: Path) -> None:
     verdict = judge(family_of(ledger))
     assert verdict.outcome == "lost", "the best control counts"
     assert "best of 2 controls" in verdict.words
+
+
+def _as_text(run: Path, link: float, control: float) -> dict[str, Any]:
+    """The ledger of a run of language models: every link has perplexity `link`, every control `control`."""
+    ledger = json.loads((run / "chain.json").read_text())
+    for entries, value in ((ledger["links"], link), (ledger["controls"], control)):
+        for entry in entries:
+            entry["evaluation"] = {"held_out": {"loss": 1.0, "perplexity": value, "bits_per_byte": value / 16}}
+    return ledger
+
+
+def test_of_perplexity_less_is_better(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    family = family_of(_as_text(run, 32.0, 40.0))
+    assert judge(family).outcome == "won"
+    assert (
+        "The chain won by 20.0 % of perplexity (lower is better): large reaches perplexity 32.00" in judge(family).words
+    )
+    assert table.headings(family)[-1] == "held_out, perplexity / bits per byte"
+    assert table.rows(family)[-1].cells[-1] == "40.00/2.500"
+    lost = judge(family_of(_as_text(run, 40.0, 32.0)))
+    assert lost.outcome == "lost"
+    assert "trained alone" in lost.headline
+    assert judge(family_of(_as_text(run, 32.0, 32.01))).outcome == "tied"
+    ledger = _as_text(run, 32.0, 40.0)
+    ledger["controls"].append(
+        {**ledger["controls"][0], "name": "tuned", "evaluation": {"held_out": {"perplexity": 30.0}}}
+    )
+    assert judge(family_of(ledger)).outcome == "lost", "the best control counts"
 
 
 def test_without_a_control_nothing_is_claimed(tmp_path: Path) -> None:
