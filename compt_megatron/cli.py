@@ -165,7 +165,7 @@ def evaluate(args: Arguments) -> None:
     from compt_megatron.recipe.sections import EvaluateSettings
 
     settings = EvaluateSettings(templates=args.template or ["{}"], batch_size=args.batch_size)
-    results = evaluate_checkpoint(args.checkpoint, args.data, spec=_spec(args), settings=settings)
+    results = evaluate_checkpoint(args.checkpoint, args.data, spec=_spec(args), settings=settings, length=args.length)
     _show(args, results, print_evaluation)
 
 
@@ -366,7 +366,7 @@ def build_parser() -> Parser:
     command = commands.add(
         "eval",
         evaluate,
-        "zero-shot accuracy and retrieval",
+        "zero-shot accuracy and retrieval, or perplexity",
         "compt eval runs/demo/s/export --data emoji/held_out_artist",
     )
     command.checkpoint()
@@ -378,7 +378,10 @@ def build_parser() -> Parser:
         metavar="TEXT",
         help="a prompt with {} for the class; may be repeated",
     )
-    command.add_argument("--batch-size", type=count, default=256, metavar="N", help="images at a time (default: 256)")
+    help_text = "images or sequences at a time (default: 256)"
+    command.add_argument("--batch-size", type=count, default=256, metavar="N", help=help_text)
+    help_text = "tokens of a window that perplexity is measured on (default: as many as the model has positions)"
+    command.add_argument("--length", type=count, metavar="N", help=help_text)
     command.json()
 
     command = commands.add(

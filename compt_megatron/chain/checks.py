@@ -6,6 +6,7 @@ from typing import Any
 
 from compt_megatron.chain.layouts import misfit, nearest, obstacle
 from compt_megatron.chain.member import Member, control_members, link_members
+from compt_megatron.chain.text import check_text, vocabulary
 from compt_megatron.chain.workload import data_ranks
 from compt_megatron.checkpoint.contract import Layout
 from compt_megatron.checkpoint.megatron_layout import obstacle as layout_obstacle
@@ -15,6 +16,7 @@ from compt_megatron.errors import UserError
 from compt_megatron.growth.operators import plan as growth_plan
 from compt_megatron.recipe.files import expanded
 from compt_megatron.recipe.schema import Recipe
+from compt_megatron.recipe.sections import AlignSettings
 from compt_megatron.spec.table import ModelSpec
 
 
@@ -84,9 +86,16 @@ def _advice(member: Member, world: int) -> str:
 def _check_objective(member: Member, where: str) -> None:
     name = member.settings.objective.name
     if member.spec.is_language_model:
+        if name != "causal_lm":
+            raise UserError(
+                f"{where}: {member.spec.name} is a language model, objective {name!r} is for images; use "
+                "objective: {name: causal_lm}"
+            )
+        return
+    if name == "causal_lm":
         raise UserError(
-            f"{where}: {member.spec.name} is a language model; this version grows and converts those (compt grow), but "
-            "trains CLIP models and plain ViTs only"
+            f"{where}: objective 'causal_lm' is for language models, {member.spec.name} is none; use 'clip', 'siglip' "
+            "or 'classify'"
         )
     two_towers = "text" in member.spec.towers
     if name == "classify" and two_towers:
@@ -121,6 +130,9 @@ def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
             f"{member.spec.numel:,}; put the links in order of size, or remove 'align'"
         )
     _check_teacher_layout(member, previous, where)
+    if member.spec.is_language_model:
+        _check_language_alignment(member, member.align, previous, where)
+        return
     for tower in member.align.towers:
         name = "vision" if tower == "image" else "text"
         if name in member.spec.towers and name not in previous.towers:
@@ -137,6 +149,29 @@ def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
         if student is not None and teacher is not None and student != teacher:
             raise UserError(f"{where}: {field} is {student}, the previous link's is {teacher}: it could not teach it; "
                             "make them equal or remove 'align'")  # fmt: skip
+
+
+def _check_language_alignment(member: Member, align: AlignSettings, teacher: ModelSpec, where: str) -> None:
+    """Whether the teacher can read the student's sequences, and the alignment is one of final hidden states."""
+    if not teacher.is_language_model:
+        raise UserError(f"{where}: its teacher {teacher.name} is no language model; remove 'align'")
+    own, theirs = vocabulary(member.spec), vocabulary(teacher)
+    if own != theirs:
+        raise UserError(f"{where}: vocab_size is {own}, the previous link's is {theirs}: it could not teach it; "
+                        "make them equal or remove 'align'")  # fmt: skip
+    positions = teacher.towers["text"].tokens
+    if member.length > positions:
+        raise UserError(
+            f"{where}: samples have {member.length} tokens, its teacher {teacher.name} has {positions} positions; "
+            f"use data.length: {positions} or less, or remove 'align'"
+        )
+    if align.towers != AlignSettings().towers:
+        raise UserError(f"{where}: align.towers is for images and captions; remove it")
+    if align.clamp and member.settings.parallel.micro_batches > 1:
+        raise UserError(
+            f"{where}: align.clamp compares the losses of a whole batch, parallel.micro_batches "
+            f"{member.settings.parallel.micro_batches} cuts it; use micro_batches: 1 or clamp: false"
+        )
 
 
 def _check_teacher_layout(member: Member, teacher: ModelSpec, where: str) -> None:
@@ -167,9 +202,13 @@ def _tokens(spec: ModelSpec) -> int | None:
 
 
 def check_sources(member: Member, where: str) -> None:
-    """Raise UserError if a local shard that the member names does not exist. Nothing is opened or counted."""
+    """Raise UserError if a local shard that the member names does not exist. Nothing is opened or counted, but the
+    index of a text."""
+    if member.spec.is_language_model:
+        check_text(member, where)
+        return
     data = member.settings.data
-    train = [data.train] if isinstance(data.train, str) else data.train
+    train: list[Any] = [data.train] if isinstance(data.train, str) else list(data.train)
     for field, sources in (("data.train", train), ("data.eval", data.eval)):
         if field == "data.train" and not sources:
             raise UserError(f"{where}: {field}: names no source; give one, such as emoji/train")
@@ -182,6 +221,8 @@ def _check_preparation(member: Member, where: str) -> None:
     from compt_megatron.data.tokenizer import build_tokenizer
     from compt_megatron.data.transforms import train_transform
 
+    if member.spec.is_language_model:
+        return
     try:
         train_transform(member.spec.config, dict(member.settings.data.augment))
         if "text" in member.spec.towers:

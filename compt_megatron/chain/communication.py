@@ -162,7 +162,7 @@ def _features(workload: Workload, layout: ParallelSettings, world: int) -> Itera
     """The contrastive loss, for each caption of an image: all-gather of the features of images and texts in fp32,
     reduce-scatter of their gradients. (The CUDA kernels gather the texts alone.)"""
     ranks, slots = data_ranks(layout, world), workload.captions
-    if ranks == 1 or "text" not in workload.spec.towers:
+    if ranks == 1 or "text" not in workload.spec.towers or workload.spec.is_language_model:
         return
     whole = workload.batch * 2 * slots * workload.spec.joint * _FP32
     yield Traffic("features", "data", 2 * ring(ranks) * whole, 4 * slots, ranks, layout.tensor)
@@ -175,7 +175,9 @@ def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> Iterat
         return
     rows = workload.batch / data_ranks(layout, world)
     towers = len(workload.teacher.towers.keys() & workload.spec.towers.keys())
-    features = 1 + workload.captions if towers == 2 else 1
-    sent = ring(ranks) * rows * features * workload.teacher.joint * workload.element * workload.teacher_share
+    features, width = 1 + workload.captions if towers == 2 else 1, workload.teacher.joint
+    if workload.teacher.is_language_model:  # its states of every token
+        features, width = workload.teacher.towers["text"].tokens, workload.teacher.towers["text"].width
+    sent = ring(ranks) * rows * features * width * workload.element * workload.teacher_share
     stride = data_ranks(layout, world) if layout.pipeline > 1 else 1
     yield Traffic("teacher's features", "model", sent, towers * layout.micro_batches, ranks, stride)

@@ -12,18 +12,25 @@ import torch
 
 from compt_megatron.chain.member import Member
 from compt_megatron.chain.progress import Position
+from compt_megatron.chain.text import open_text
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.data.evaluation import EvalSet
 from compt_megatron.data.source import ShardSource
+from compt_megatron.data.text.batch import TokenBatch
+from compt_megatron.data.text.loader import HeldOutLoader
+from compt_megatron.data.text.source import TextSource
+from compt_megatron.data.text.tokenizer import FILE as TOKENIZER
 from compt_megatron.data.tokenizer import build_tokenizer
 from compt_megatron.data.transforms import eval_transform
 from compt_megatron.engine.runtime import Runtime
 from compt_megatron.engine.topology import Topology
 from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.errors import UserError
+from compt_megatron.evaluate.perplexity import Losses, losses_of, perplexity
 from compt_megatron.evaluate.run import evaluate
-from compt_megatron.models.build import build_model
+from compt_megatron.models.build import build_language_model, build_model
 from compt_megatron.models.groups import lone_groups
+from compt_megatron.models.language import LanguageModel
 from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import load_canonical
 from compt_megatron.observe.console import Console
@@ -32,6 +39,7 @@ from compt_megatron.recipe.sections import DataSettings, EvaluateSettings
 from compt_megatron.share import total
 from compt_megatron.spec.table import ModelSpec
 
+_EVALUATED_TOKENS = 16_384  # of a language model's batch, on each rank
 RETRIEVAL_CAPTIONS = 5  # of each image, as COCO and Flickr30k are scored
 Metrics = dict[str, dict[str, Any]]
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -61,6 +69,9 @@ class Evaluator:
 
     def __call__(self, engine: TrainingEngine, position: Position) -> None:
         """Evaluate the model in training. Collective."""
+        if self._member.spec.is_language_model:
+            self._record(self._perplexities(_losses_in_training(engine), Sharing.of(engine.topology)), position)
+            return
         encode_text = (lambda texts: engine.eval_features(texts=texts)["text"]) if self._has_text else None
         sharing = Sharing.of(engine.topology)
         found = self._evaluate(lambda images: engine.eval_features(images=images)["image"], encode_text, sharing)
@@ -68,8 +79,12 @@ class Evaluator:
 
     def checkpoint(self, path: Path, position: Position) -> None:
         """Evaluate a checkpoint of the member. Collective."""
-        encode_image, encode_text = encoders(path, self._runtime)
         sharing = Sharing(self._runtime.rank, self._runtime.world, self._runtime.sum)
+        if self._member.spec.is_language_model:
+            losses = losses_of(language_model(path, self._runtime), self._member.settings.objective.chunk)
+            self._record(self._perplexities(losses, sharing), position)
+            return
+        encode_image, encode_text = encoders(path, self._runtime)
         self._record(self._evaluate(encode_image, encode_text, sharing), position)
 
     def latest(self) -> Metrics:
@@ -90,6 +105,15 @@ class Evaluator:
             )
         return run_evaluation(self._sets[place], spec, settings.evaluate, encode_image, encode_text, sharing)
 
+    def _perplexities(self, losses: Losses, sharing: Sharing) -> Metrics:
+        member, settings = self._member, self._member.settings
+        with self._runtime.main_first():
+            texts = [open_text(member.spec, name, settings.data.tokenizer) for name in settings.data.eval]
+        parallel = settings.parallel
+        multiple = parallel.pipeline if parallel.virtual > 1 else 1  # what an interleaved pipeline wants of rows
+        rows = evaluation_rows(settings.evaluate, member.length, multiple)
+        return perplexities(texts, settings.data.eval, losses, member.length, rows, sharing, self._runtime)
+
     def _record(self, metrics: Metrics, position: Position) -> None:
         if not metrics or not self._runtime.is_main:
             return
@@ -109,6 +133,36 @@ class Evaluator:
             return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
             raise UserError(f"{self._path}: damaged ({error}); remove it, or restore it from a copy") from error
+
+
+def _losses_in_training(engine: TrainingEngine) -> Losses:
+    """This rank's share of the sums that the engine has the mean of."""
+
+    def losses(batch: TokenBatch) -> tuple[float, float]:
+        counted = float(batch.mask.sum())
+        return engine.eval_loss(batch)["causal_lm"] * counted, counted
+
+    return losses
+
+
+def evaluation_rows(settings: EvaluateSettings, length: int, multiple: int = 1) -> int:
+    """Sequences of `length` tokens that a rank evaluates at once, a multiple of `multiple`."""
+    rows = max(1, min(settings.batch_size, _EVALUATED_TOKENS // length))
+    return -(-rows // multiple) * multiple
+
+
+def perplexities(
+    texts: list[TextSource], names: list[str], losses: Losses, length: int, rows: int, sharing: Sharing,
+    runtime: Runtime,
+) -> Metrics:  # fmt: skip
+    """{name: metrics} of each text as a whole, in windows of `length` tokens. Collective."""
+    found: Metrics = {}
+    for text, name in zip(texts, names, strict=True):
+        batches = HeldOutLoader(
+            text, length=length, batch_size=rows * sharing.world, rank=sharing.rank, world=sharing.world
+        )
+        found[name] = {**perplexity(losses, batches, sharing.reduce, text.bytes, runtime.device), "length": length}
+    return found
 
 
 def open_sets(
@@ -177,19 +231,48 @@ def encoders(path: Path, runtime: Runtime, spec: ModelSpec | None = None) -> tup
     return encode_image, encode_text if "text" in known.towers else None
 
 
+def language_model(path: Path, runtime: Runtime, spec: ModelSpec | None = None) -> LanguageModel:
+    """The language model of a checkpoint, whole on this rank's device in fp32."""
+    reader = open_reader(path, spec)
+    try:
+        known = reader.spec
+        assert known is not None
+        model = build_language_model(
+            known, dtype=torch.float32, device=runtime.device, part=ModelPart(known), groups=lone_groups()
+        )
+        load_canonical(model, known, lambda name: reader.read(f"weight/{name}"))
+    finally:
+        reader.close()
+    return model.eval()
+
+
 def evaluate_checkpoint(
-    path: str | Path, data: list[str], *, spec: ModelSpec | None = None, settings: EvaluateSettings | None = None
-) -> Metrics:
-    """Zero-shot accuracies and retrieval recalls of a checkpoint in any format on the sets `data`. Collective."""
+    path: str | Path, data: list[str], *, spec: ModelSpec | None = None, settings: EvaluateSettings | None = None,
+    length: int | None = None,
+) -> Metrics:  # fmt: skip
+    """A checkpoint in any format on the sets `data`: zero-shot accuracies and retrieval recalls, or a language model's
+    perplexity on windows of `length` tokens (None: as many as it has positions). Collective.
+
+    A tokenizer.json beside the checkpoint must be that of the data. Raises UserError where data and model do not fit.
+    """
     runtime = Runtime.start()
     path = Path(path)
     reader = open_reader(path, spec)
     known = reader.spec
     reader.close()
     assert known is not None
+    sharing, settings = Sharing(runtime.rank, runtime.world, runtime.sum), settings or EvaluateSettings()
     if known.is_language_model:
-        raise UserError(f"{path}: {known.name} is a language model; this version evaluates CLIP models and ViTs only")
+        positions = known.towers["text"].tokens
+        if length is not None and length > positions:
+            raise UserError(f"--length {length}: {known.name} has {positions} positions; use at most {positions}")
+        tokenizer = path / TOKENIZER if (path / TOKENIZER).is_file() else None
+        with runtime.main_first():
+            texts = [open_text(known, name, tokenizer) for name in data]
+        losses, length = losses_of(language_model(path, runtime, known)), length or positions
+        return perplexities(texts, data, losses, length, evaluation_rows(settings, length), sharing, runtime)
+    if length is not None:
+        raise UserError(f"--length {length}: is for language models, {known.name} is none; leave it out")
     encode_image, encode_text = encoders(path, runtime, known)
-    sharing = Sharing(runtime.rank, runtime.world, runtime.sum)
     sets = open_sets(data, known, runtime, sharing)
-    return run_evaluation(sets, known, settings or EvaluateSettings(), encode_image, encode_text, sharing)
+    return run_evaluation(sets, known, settings, encode_image, encode_text, sharing)

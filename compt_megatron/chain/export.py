@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from compt_megatron.checkpoint.api import convert
@@ -22,13 +23,14 @@ def export(
     spec: ModelSpec | None = None,
     overwrite: bool = False,
     trust_pickle: bool = False,
+    attachments: Mapping[str, Path] | None = None,
 ) -> list[str]:
     """Write checkpoint `src` as `dst` for open_clip or transformers: a folder (weights, config, tokenizer) or one file.
 
     `format`: "open_clip" or "hf" (None: hf for a language model, open_clip for any other). The tokenizer is the
-    vocabulary that an open_clip config names, or the files that lie beside a Hugging Face source. Returns a line for
-    each thing that was left out (optimizer state). Raises UserError for another format, and for a model that the format
-    does not have.
+    vocabulary that an open_clip config names, or the files that lie beside a Hugging Face source, or `attachments`
+    ({name: file}, for a language model). Returns a line for each thing that was left out (optimizer state). Raises
+    UserError for another format, and for a model that the format does not have.
     """
     if format not in (None, *EXPORTS):
         raise UserError(f"--format {format}: cannot export to it; choose one of {', '.join(EXPORTS)}")
@@ -41,7 +43,7 @@ def export(
     format = format or ("hf" if known.is_language_model else "open_clip")
     dst = Path(dst)
     plain = known.is_language_model or dst.suffix in SINGLE_FILES
-    config, files = (known.config, {}) if plain else export_tokenizer(known.config, dst)
+    config, files = (known.config, dict(attachments or {})) if plain else export_tokenizer(known.config, dst)
     return convert(
         src, dst, format, spec=spec, overwrite=overwrite, trust_pickle=trust_pickle, config=config, attachments=files
     )

@@ -10,8 +10,8 @@ from typing import Any
 
 from compt_megatron.data.tar_reader import is_local
 from compt_megatron.recipe.schema import Control, Link, Recipe, Settings
-from compt_megatron.recipe.sections import AlignSettings, GrowSettings
-from compt_megatron.spec.cost import sample_macs
+from compt_megatron.recipe.sections import TEXT_FIELDS, AlignSettings, GrowSettings
+from compt_megatron.spec.cost import at_length, sample_macs
 from compt_megatron.spec.families import load_spec
 from compt_megatron.spec.table import ModelSpec
 
@@ -37,15 +37,20 @@ class Member:
     def identity(self) -> str:
         """A hash of what decides the final weights. How it is spread over devices and what is logged do not."""
         settings = self.settings
-        data = settings.data.model_dump(exclude={"workers", "cache", "eval"})
+        text = self.spec.is_language_model
+        kept = {"workers", "cache", "eval"} if text else {"workers", "cache", "eval", *TEXT_FIELDS}
+        data = settings.data.model_dump(exclude=kept)
         train = [data["train"]] if isinstance(data["train"], str) else data["train"]
         # The same shards elsewhere are the same data: a run goes on after its data have moved.
-        data["train"] = [Path(each).name if is_local(each) else each for each in train]
+        data["train"] = [_moved(each) for each in train]
+        if data.get("tokenizer"):
+            data["tokenizer"] = _moved(data["tokenizer"])
+        objective = settings.objective.model_dump(exclude=None if text else {"z_loss", "chunk"})
         said: dict[str, Any] = {
             "model": self.spec.digest,
             "seed": settings.seed,
             "precision": settings.precision,
-            "objective": settings.objective.model_dump(),
+            "objective": objective,
             "data": data,
             "optimizer": settings.optimizer.model_dump(exclude={"implementation"}),
             "grow": self.grow.model_dump() if self.grow else None,
@@ -58,12 +63,21 @@ class Member:
         """Multiply-accumulates of one training sample: forward and backward (2x), the teacher's forward, and the
         second forward of cached gradients, which is counted apart."""
         captions = self.settings.data.captions
-        forward = sample_macs(self.spec, captions)
+        forward = sample_macs(self.sized(self.spec), captions)
         return {
             "train": 3.0 * forward,
-            "teacher": float(sample_macs(teacher, captions)) if teacher is not None else 0.0,
+            "teacher": float(sample_macs(self.sized(teacher), captions)) if teacher is not None else 0.0,
             "cached_forward": float(forward) if self._is_cached else 0.0,
         }
+
+    @property
+    def length(self) -> int:
+        """Tokens of a training sample of a language model: as the recipe says, else as many as it has positions."""
+        return self.settings.data.length or self.spec.towers["text"].tokens
+
+    def sized(self, spec: ModelSpec) -> ModelSpec:
+        """This member's model, or its teacher's, as it runs on the samples: what costs are counted of."""
+        return at_length(spec, self.length) if spec.is_language_model else spec
 
     @property
     def _is_cached(self) -> bool:
@@ -75,8 +89,15 @@ class Member:
 
 def couples_rows(spec: ModelSpec, clamp: bool) -> bool:
     """Whether the loss is one of all rows together: the contrast of two towers is, and so is a term that is clamped to
-    another one."""
-    return clamp or len(spec.towers) == 2
+    another one. A language model's loss is one of tokens: where it is clamped, its batch is not cut."""
+    return not spec.is_language_model and (clamp or len(spec.towers) == 2)
+
+
+def _moved(source: Any) -> Any:
+    """A source of data, whatever folder it lies in."""
+    if isinstance(source, dict):
+        return {**source, "path": _moved(source["path"])}
+    return Path(source).name if is_local(source) else source
 
 
 def link_members(recipe: Recipe, beside: Path | None) -> list[Member]:

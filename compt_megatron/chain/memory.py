@@ -186,8 +186,15 @@ def _ends(spec: ModelSpec, tower: Tower, layout: ParallelSettings, element: int,
 
 def loss_kept(workload: Workload, layout: ParallelSettings, world: int) -> float:
     """The contrastive loss: normalised features of the whole batch in fp32, and for each caption and direction the
-    scores of this rank's rows against them and their log-softmax."""
+    scores of this rank's rows against them and their log-softmax. A language model's: the gradients of the states and
+    (in fp32) of the head, which are made in the forward pass, and of a chunk of tokens the logits in fp32 and their
+    softmax."""
     spec, rows = workload.spec, workload.batch / data_ranks(layout, world)
+    if spec.is_language_model:
+        tower, vocabulary = spec.towers["text"], next(iter(spec.params.values())).shape[0] / layout.tensor
+        tokens = micro_batch_rows(workload, layout, world) * tower.tokens
+        states = tokens * tower.width * workload.element
+        return states + vocabulary * tower.width * 4 + min(workload.chunk, tokens) * vocabulary * 2 * 4
     features = workload.batch * spec.joint * (1 + workload.captions) * 4
     if "text" not in spec.towers:
         return features

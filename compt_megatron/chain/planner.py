@@ -18,6 +18,7 @@ from compt_megatron.chain.layouts import Proposal, cheapest
 from compt_megatron.chain.member import Member, control_members, link_members
 from compt_megatron.chain.memory import estimate
 from compt_megatron.chain.step_time import step_time
+from compt_megatron.chain.text import open_training_text, samples_per_pass
 from compt_megatron.chain.workload import Workload
 from compt_megatron.data.tar_reader import is_local
 from compt_megatron.errors import UserError
@@ -192,7 +193,7 @@ def samples_per_epoch(member: Member, notes: list[str]) -> int | None:
     sources = [data.train] if isinstance(data.train, str) else data.train
     if data.samples is not None:
         return data.samples
-    if not all(is_local(source) for source in sources):
+    if not all(is_local(source) for source in sources if isinstance(source, str)):
         return None
     try:
         check_sources(member, "recipe")
@@ -200,9 +201,11 @@ def samples_per_epoch(member: Member, notes: list[str]) -> int | None:
         if str(error) not in notes:
             notes.append(str(error))
         return None
+    if member.spec.is_language_model:
+        return samples_per_pass(open_training_text(member), member.length)
     from compt_megatron.data.source import ShardSource
 
-    return ShardSource.open(data.train).samples
+    return ShardSource.open(data.shards).samples
 
 
 def _samples(member: Member, size: int, relative: bool) -> float:

@@ -25,6 +25,7 @@ from compt_megatron.chain.member import Member, control_members, link_members
 from compt_megatron.chain.planner import check_recipe
 from compt_megatron.chain.progress import Position, Progress
 from compt_megatron.chain.stop_flag import StopFlag
+from compt_megatron.chain.text import open_text, open_training_text, tokenizer_files
 from compt_megatron.chain.train import Watch, train_member
 from compt_megatron.checkpoint.api import check
 from compt_megatron.checkpoint.commit import read_pointer
@@ -139,7 +140,13 @@ class _Chain:
             if member.init is not None and state == "pending":
                 check(member.init, member.spec)
             data = member.settings.data
-            train = [(data.train, data.batch_size)] if member.train else []
+            if member.spec.is_language_model:
+                if member.train:
+                    open_training_text(member)
+                for name in data.eval:
+                    open_text(member.spec, name, data.tokenizer)
+                continue
+            train = [(data.shards, data.batch_size)] if member.train else []
             for source, least in (*train, *((source, 1) for source in data.eval)):
                 key = str(source)
                 if key not in sizes:
@@ -266,7 +273,10 @@ class _Chain:
                 entry.weight_hash = weight_hash(reader)
                 reader.close()
                 target = self.run_dir / member.name / "export"
-                export(checkpoint, target, "open_clip", overwrite=True)
+                data, spec = member.settings.data, member.spec
+                of_text = spec.is_language_model
+                files = tokenizer_files(open_text(spec, data.train, data.tokenizer)) if of_text else {}
+                export(checkpoint, target, overwrite=True, attachments=files)
                 entry.export = str(target.relative_to(self.run_dir))
                 self.console.export(member.name, target)
         entry.state = "done"

@@ -18,13 +18,15 @@ from compt_megatron.chain.link_checkpoints import recorded_state, remove_leftove
 from compt_megatron.chain.member import Member
 from compt_megatron.chain.progress import Clock, Position, Progress, total_steps
 from compt_megatron.chain.stop_flag import StopFlag
+from compt_megatron.chain.text import open_training_text, vocabulary
 from compt_megatron.checkpoint.commit import read_pointer
-from compt_megatron.data.batch import Batch
 from compt_megatron.data.loader import TrainLoader
 from compt_megatron.data.source import ShardSource
+from compt_megatron.data.text.loader import TokenLoader
 from compt_megatron.data.tokenizer import build_tokenizer
 from compt_megatron.data.transforms import train_transform
 from compt_megatron.engine.build import engine_class
+from compt_megatron.engine.contract import AnyBatch
 from compt_megatron.engine.runtime import Runtime
 from compt_megatron.engine.topology import Topology
 from compt_megatron.engine.training_step import TrainingEngine
@@ -51,17 +53,49 @@ class Watch:
     stop: StopFlag
 
 
-def open_loader(
-    member: Member, runtime: Runtime, topology: Topology, cache_dir: Path, *, start_step: int = 0,
-    streams: int | None = None,
-) -> TrainLoader:  # fmt: skip
-    """The training batches of a member from `start_step` on. Rank 0 counts shards of unknown size first.
+Loader = TrainLoader | TokenLoader
 
-    All ranks of one copy of the model load the same rows.
+
+def open_loader(
+    member: Member, runtime: Runtime, topology: Topology, cache_dir: Path, state: dict[str, Any] | None = None
+) -> Loader:
+    """The training batches of a member from where `state`, what its checkpoint records of the training, left off.
+
+    Rank 0 counts shards of unknown size, and makes the built-in text, first. All ranks of one copy of the model load
+    the same rows.
     """
+    open_one = _open_token_loader if member.spec.is_language_model else _open_train_loader
+    return open_one(member, runtime, topology, cache_dir, state or {})
+
+
+def _open_token_loader(
+    member: Member, runtime: Runtime, topology: Topology, cache_dir: Path, state: dict[str, Any]
+) -> TokenLoader:
     data = member.settings.data
     with runtime.main_first():
-        source = ShardSource.open(data.train, cache_dir=cache_dir)
+        source = open_training_text(member)
+    return TokenLoader(
+        source,
+        length=member.length,
+        batch_size=data.batch_size,
+        seed=member.settings.seed,
+        rank=topology.data_rank,
+        world=topology.data,
+        workers=data.workers,
+        start_step=state.get("step", 0),
+        start_sample=state.get("samples"),
+        vocab_size=vocabulary(member.spec),
+        mask_document_starts=data.mask_document_starts,
+        cache_dir=cache_dir,
+    )
+
+
+def _open_train_loader(
+    member: Member, runtime: Runtime, topology: Topology, cache_dir: Path, state: dict[str, Any]
+) -> TrainLoader:
+    data = member.settings.data
+    with runtime.main_first():
+        source = ShardSource.open(data.shards, cache_dir=cache_dir)
     tokenizer = build_tokenizer(member.spec.config) if "text" in member.spec.towers else None
     return TrainLoader(
         source,
@@ -70,11 +104,11 @@ def open_loader(
         batch_size=data.batch_size,
         captions=data.captions,
         seed=member.settings.seed,
-        streams=streams or data.streams,
+        streams=state.get("streams") or data.streams,
         rank=topology.data_rank,
         world=topology.data,
         workers=data.workers,
-        start_step=start_step,
+        start_step=state.get("step", 0),
         skip_budget=data.skip_budget,
         shuffle_window=data.shuffle_window,
         cache=data.cache,
@@ -98,14 +132,7 @@ def train_member(
     start_from = newest or run_dir / (entry.initial or "")
     train_state = recorded_state(newest, member) if newest else {}
     topology = Topology.start(member.settings.parallel)
-    loader = open_loader(
-        member,
-        runtime,
-        topology,
-        run_dir / "cache",
-        start_step=train_state.get("step", 0),
-        streams=train_state.get("streams"),
-    )
+    loader = open_loader(member, runtime, topology, run_dir / "cache", train_state)
     samples = member.settings.data.samples
     steps_per_epoch = max(1, samples // loader.batch_size) if samples else loader.steps_per_epoch
     steps = total_steps(member, steps_per_epoch, entry.budget_macs)
@@ -144,7 +171,7 @@ def _factors(member: Member, entry: Entry) -> dict[str, tuple[float, float]]:
 
 
 def _loop(
-    engine: TrainingEngine, loader: TrainLoader, member: Member, entry: Entry, progress: Progress, watch: Watch,
+    engine: TrainingEngine, loader: Loader, member: Member, entry: Entry, progress: Progress, watch: Watch,
     folder: Path, lineage: list[dict[str, Any]], runtime: Runtime,
 ) -> None:  # fmt: skip
     save_every = watch.checkpoint.every_steps or progress.steps_per_epoch
@@ -153,7 +180,7 @@ def _loop(
     throughput = Throughput(sum(progress.macs_per_sample.values()), _peak(runtime, member))
     clock, cpu_clock = Clock(time.perf_counter), Clock(time.process_time)
     watch.console.begin_link(member.name, progress.total_steps, engine.global_step)
-    batches = iter(loader)
+    batches: Iterator[AnyBatch] = iter(loader)
     saved_at = engine.global_step if engine.global_step else -1
     while engine.global_step < progress.total_steps:
         batch = _next_batch(batches, watch.stop, runtime)
@@ -199,7 +226,7 @@ def _loop(
         watch.evaluate(engine, progress.position(engine.global_step, entry))
 
 
-def _next_batch(batches: Iterator[Batch], stop: StopFlag, runtime: Runtime) -> Batch | None:
+def _next_batch(batches: Iterator[AnyBatch], stop: StopFlag, runtime: Runtime) -> AnyBatch | None:
     """This rank's next batch; None on every rank if any was asked to stop. Collective.
 
     Data that one rank cannot read (over the skip budget) is an error on every rank, so that none waits for it.
@@ -238,7 +265,7 @@ def _peak(runtime: Runtime, member: Member) -> float | None:
     return None if peak is None else peak * runtime.world
 
 
-def _check_alignment(engine: TrainingEngine, member: Member, batch: Batch) -> dict[str, float]:
+def _check_alignment(engine: TrainingEngine, member: Member, batch: AnyBatch) -> dict[str, float]:
     """The alignment loss before the first step; an exactly grown model must start at zero, to rounding."""
     losses = engine.alignment_at_start(batch)
     exact = member.grow is not None and member.grow.operator == "exact" and not member.grow.allow_approximate
@@ -272,7 +299,7 @@ def _alignment(
         end_step=None if align.end is None else max(1, round(align.end * steps)),
         clamp=align.clamp,
         distance=align.distance,
-        towers=tuple(align.towers),
+        towers=("hidden",) if member.spec.is_language_model else tuple(align.towers),
     )
     exact = member.grow is not None and member.grow.operator == "exact"
     projections = Projections.between(member.spec, teacher.spec, member.settings.seed, leading=exact)

@@ -56,7 +56,8 @@ def _stage(param: Param) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step of a model: `batch` samples over all ranks, each an image and `captions` texts.
+    """One training step of a model: `batch` samples over all ranks, each an image and `captions` texts, or a language
+    model's sequence, of whose tokens `chunk` have logits at once.
 
     `teacher` is the frozen predecessor (None: not aligned), which runs in a `teacher_share` of the steps and which
     `teacher_ranks` ranks split between them. `clamp`: the alignment is compared with the task loss of the whole batch.
@@ -70,6 +71,7 @@ class Workload:
     teacher_share: float = 1.0
     teacher_ranks: int = 1
     clamp: bool = False
+    chunk: int = 1024
 
     @classmethod
     def of(cls, member: Member, teacher: ModelSpec | None) -> Workload:
@@ -78,9 +80,10 @@ class Workload:
         share = 0.0 if align is None or align.weight == 0 else 1.0 if align.end is None else align.end
         split, clamp = (1, False) if align is None else (align.tensor, align.clamp)
         data = settings.data
+        own, theirs = member.sized(member.spec), None if teacher is None else member.sized(teacher)
         return cls(
-            member.spec, teacher, data.batch_size, data.captions, settings.precision, share,
-            teacher_ranks=split, clamp=clamp,
+            own, theirs, data.batch_size, data.captions, settings.precision, share,
+            teacher_ranks=split, clamp=clamp, chunk=settings.objective.chunk,
         )  # fmt: skip
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any, get_args, get_type_hints
+from typing import Any, Required, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -23,6 +23,7 @@ from compt_megatron.recipe.sections import (
     OptimizerSettings,
     ParallelSettings,
     ReportSettings,
+    TextData,
 )
 
 _INTRO = """# Recipes
@@ -30,7 +31,7 @@ _INTRO = """# Recipes
 <!-- written by `python -m compt_megatron.recipe.document`: change compt_megatron/recipe, not this page -->
 
 A recipe is one YAML file that says everything about a chain run. `compt train RECIPE` takes the path of one, or the
-name of a packaged one (`emoji`, `cc3m`, `cc3m-seven`, `merged15m`,
+name of a packaged one (`emoji`, `cc3m`, `cc3m-seven`, `merged15m`, `stdlib-lm`,
 `vit-h`, `vit-g`, `vit-bigg`, `vit-e`, `vit-22b`). This is the packaged demo, shortened:
 
 ```yaml
@@ -82,7 +83,9 @@ def markdown() -> str:
         lines = [line for line in (inspect.getdoc(model), more) if line]
         parts += [f"## `{path}`\n", "\n".join(lines) + "\n", _table(model, own=model is Link)]
         if model is DataSettings:
-            parts += ["## `data.augment`\n", (inspect.getdoc(Augmentation) or "") + "\n", _augment_table()]
+            parts += ["## `data.augment`\n", (inspect.getdoc(Augmentation) or "") + "\n"]
+            parts += [_dictionary_table(Augmentation, "open_clip's")]
+            parts += ["## `data.train.*`\n", (inspect.getdoc(TextData) or "") + "\n", _dictionary_table(TextData, "")]
     return "\n".join(parts)
 
 
@@ -95,11 +98,14 @@ def _table(model: type[BaseModel], own: bool = False) -> str:
     )
 
 
-def _augment_table() -> str:
+def _dictionary_table(kind: Any, default: str) -> str:
+    """The table of a TypedDict whose fields have `default`, those that are required none."""
     rows = []
-    for name, hint in get_type_hints(Augmentation, include_extras=True).items():
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        required = get_origin(hint) is Required
+        hint = get_args(hint)[0] if required else hint
         text = next(item.description for item in get_args(hint) if isinstance(item, FieldInfo) and item.description)
-        rows.append((name, describe(hint), "open_clip's", text))
+        rows.append((name, describe(hint), "required" if required else default, text))
     return _rows(rows)
 
 

@@ -100,7 +100,7 @@ def _anchored(recipe: Recipe, label: str, folder: Path | None) -> Recipe:
     controls = [
         control.model_copy(update={"data": _anchored_data(control.data, folder)}) for control in recipe.controls
     ]
-    data = recipe.data.model_copy(update=_anchored_data(recipe.data.model_dump(include={"train", "eval"}), folder))
+    data = recipe.data.model_copy(update=_anchored_data(recipe.data.model_dump(include=_SOURCES), folder))
     return recipe.model_copy(update={"links": links, "controls": controls, "data": data})
 
 
@@ -108,24 +108,29 @@ def _is_packaged(found: Path, name: str) -> bool:
     return found == (packaged_configs() / name).resolve()
 
 
+_SOURCES = {"train", "eval", "tokenizer"}  # the fields of `data` that name files
+
+
 def _anchored_data(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    values = dict(values)
-    for key in ("train", "eval"):
-        given = values.get(key)
-        if isinstance(given, str):
-            values[key] = _beside(given, folder)
-        elif isinstance(given, list):
-            values[key] = [_beside(source, folder) if isinstance(source, str) else source for source in given]
-    return values
+    return {key: _anchored_source(value, folder) if key in _SOURCES else value for key, value in values.items()}
+
+
+def _anchored_source(source: Any, folder: Path | None) -> Any:
+    if isinstance(source, list):
+        return [_anchored_source(each, folder) for each in source]
+    if isinstance(source, dict) and isinstance(source.get("path"), str):
+        return {**source, "path": _beside(source["path"], folder)}
+    return _beside(source, folder) if isinstance(source, str) else source
 
 
 def _beside(source: str, folder: Path | None) -> str:
-    """`source` as an absolute path if it, or the first file of its brace pattern, lies in `folder`; else as given."""
+    """`source` as an absolute path if it, the index of the text that it is the prefix of, or the first file of its
+    brace pattern lies in `folder`; else as given."""
     if folder is None or not source.strip() or ":" in source or Path(source).is_absolute():
         return source
     first = re.sub(r"\{([^{}]*?)(?:\.\.|,)[^{}]*\}", r"\1", source)
     try:
-        found = (folder / first).exists()
+        found = (folder / first).exists() or (folder / f"{first}.idx").exists()
     except OSError as error:  # a name too long
         raise UserError(f"data source {source[:60]!r}: {error.strerror}; correct the path") from error
     return str(folder.resolve() / source) if found else source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Required, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -164,6 +164,8 @@ def _model_of(annotation: Any, lists: bool = True) -> Any:
 def describe(annotation: Any) -> str:
     """A declared type in words, limits included: "an integer >= 1 or null"."""
     origin = get_origin(annotation)
+    if origin is Required:
+        return describe(get_args(annotation)[0])
     if origin is Annotated:
         base, *metadata = get_args(annotation)
         return describe(base) + _limits(metadata, get_origin(base) is list)
@@ -173,8 +175,9 @@ def describe(annotation: Any) -> str:
         values = [str(value) for value in get_args(annotation)]
         return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
     if origin is list:
-        inner = describe(get_args(annotation)[0])
-        return "a list" + (f" (each {inner})" if _model_of(get_args(annotation)[0]) is None else "")
+        (element,) = get_args(annotation)
+        plain = _model_of(element) is None or len(_members(element)) > 1
+        return "a list" + (f" (each {describe(element)})" if plain else "")
     if _model_of(annotation) is not None or annotation is dict or origin is dict:
         return "a section"
     return _PLAIN.get(annotation, "a value")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Required, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator, with_config
 from typing_extensions import TypedDict
@@ -29,9 +29,10 @@ class Section(BaseModel):
 class ObjectiveSettings(Section):
     """The task loss. Options that the named objective does not have must be left out."""
 
-    name: Literal["clip", "siglip", "classify"] = Field(
+    name: Literal["clip", "siglip", "classify", "causal_lm"] = Field(
         default="clip",
-        description="The loss: softmax contrastive (CLIP), sigmoid contrastive (SigLIP) or cross-entropy on labels.",
+        description="The loss: softmax contrastive (CLIP), sigmoid contrastive (SigLIP), cross-entropy on labels or "
+        "on each next token (language models).",
     )
     same_caption: Literal["separate", "shared"] = Field(
         default="separate",
@@ -41,20 +42,36 @@ class ObjectiveSettings(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="`classify`: the probability spread evenly over all classes."
     )
+    z_loss: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="`causal_lm`: weight on the mean of log² Z, Z the sum of exponentiated logits (PaLM's is 1e-4).",
+    )
+    chunk: Positive = Field(default=1024, description="`causal_lm`: tokens whose logits exist at once.")
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the named objective."""
-        if self.name == "classify":
-            return {"label_smoothing": self.label_smoothing}
-        return {"same_caption": self.same_caption}
+        return {field: getattr(self, field) for field in _OPTIONS[self.name]}
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveSettings:
-        if self.name == "classify" and self.same_caption != "separate":
-            raise ValueError("'same_caption' is not an option of objective 'classify'; remove it")
-        if self.name != "classify" and self.label_smoothing:
-            raise ValueError(f"'label_smoothing' is not an option of objective {self.name!r}; remove it")
+        for field in dict.fromkeys(name for names in _OPTIONS.values() for name in names):
+            if field not in _OPTIONS[self.name] and not _is_default(self, field):
+                raise ValueError(f"{field!r} is not an option of objective {self.name!r}; remove it")
         return self
+
+
+# the fields of `objective` that each has
+_OPTIONS = {
+    "clip": ("same_caption",),
+    "siglip": ("same_caption",),
+    "classify": ("label_smoothing",),
+    "causal_lm": ("z_loss", "chunk"),
+}
+
+
+def _is_default(section: Section, field: str) -> bool:
+    declared = type(section).model_fields[field]
+    return bool(getattr(section, field) == declared.get_default(call_default_factory=True))
 
 
 @with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
@@ -73,12 +90,28 @@ class Augmentation(TypedDict, total=False):
     use_timm: Annotated[bool, Field(description="Use timm's transforms instead of torchvision's.")]
 
 
-class DataSettings(Section):
-    """What is trained and evaluated on."""
+@with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class TextData(TypedDict, total=False):
+    """One text of a blend."""
 
-    train: str | list[str] = Field(
+    path: Required[Annotated[str, Field(description="What `train` may name.")]]
+    weight: Annotated[
+        PositiveNumber, Field(description="Its share of the samples; without any, each text's share of the tokens.")
+    ]
+    documents: Annotated[
+        list[Fraction],
+        Field(min_length=2, max_length=2, description="[from, to]: fractions of its documents, to use those alone."),
+    ]
+
+
+class DataSettings(Section):
+    """What is trained and evaluated on. Some fields are for images and captions, some for text (`causal_lm`) only."""
+
+    train: str | list[str | TextData] = Field(
         description="The training source: a built-in set (`emoji/train`), a folder of shards, a brace pattern "
-        "(`shards/{00000..00331}.tar`), a `pipe:` command, or a list of these."
+        "(`shards/{00000..00331}.tar`), a `pipe:` command, or a list of these. Text: `stdlib/train`, a folder of "
+        "`compt data text`, the prefix of an indexed dataset, or a list of these, each with a weight or none "
+        "(`{path: my-text, weight: 3}`)."
     )
     eval: list[str] = Field(default_factory=list, description="Held-out sources, evaluated in this order.")
     batch_size: Positive = Field(description="Samples of a step over all ranks (the global batch).")
@@ -105,6 +138,39 @@ class DataSettings(Section):
     caption_fields: list[str] = Field(
         default_factory=list, description="Fields of a JSON member that are captions (strings or lists); empty: found."
     )
+    length: Positive | None = Field(
+        default=None, description="Text: tokens of a sample; null: as many as the model has positions."
+    )
+    mask_document_starts: bool = Field(
+        default=False, description="Text: do not count the prediction of a document's first token."
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="Text: the tokenizer.json (or a folder with one) that the data must be made with, and the built-in "
+        "text is; null: that of the data, and for the built-in text a BPE of the model's vocabulary.",
+    )
+
+    @property
+    def shards(self) -> str | list[str]:
+        """`train`, of images and captions."""
+        return self.train if isinstance(self.train, str) else [each for each in self.train if isinstance(each, str)]
+
+    def misfit(self, objective: str) -> str | None:
+        """What of this section does not go with an objective, in words; None if all does."""
+        of_text = objective == "causal_lm"
+        fields = _IMAGE_FIELDS if of_text else TEXT_FIELDS
+        if found := next((field for field in fields if not _is_default(self, field)), None):
+            return f"data.{found} does not go with objective {objective!r}; remove it"
+        if not of_text and not isinstance(self.train, str) and any(not isinstance(each, str) for each in self.train):
+            return f"data.train: entries with a path and a weight do not go with objective {objective!r}; name sources"
+        return None
+
+
+# fields of `data` that are for images with captions, and for text, only
+_IMAGE_FIELDS = (
+    "captions", "augment", "caption_key", "caption_fields", "streams", "cache", "shuffle_window", "skip_budget",
+)  # fmt: skip
+TEXT_FIELDS = ("length", "mask_document_starts", "tokenizer")
 
 
 class OptimizerSettings(Section):

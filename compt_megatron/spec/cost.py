@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compt_megatron.spec.table import ModelSpec, Param, Tower
+
+
+def at_length(spec: ModelSpec, tokens: int) -> ModelSpec:
+    """A language model as it runs on sequences of `tokens` tokens, for counting what that costs."""
+    return replace(spec, towers={"text": replace(spec.towers["text"], tokens=tokens)})
 
 
 def forward_macs(spec: ModelSpec, tower: str) -> int:
@@ -22,7 +29,7 @@ def forward_macs(spec: ModelSpec, tower: str) -> int:
 def sample_macs(spec: ModelSpec, captions: int = 1) -> int:
     """Forward MACs of one training sample: its image, and each of its captions where the model has a text tower.
 
-    Of a language model: one sequence of its longest length.
+    Of a language model: one sequence of its longest length (see `at_length`).
     """
     if spec.is_language_model:
         return forward_macs(spec, "text")

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compt_megatron.spec.cost import forward_macs, sample_macs
+from compt_megatron.spec.cost import at_length, forward_macs, sample_macs
 from compt_megatron.spec.families import load_spec, spec_from_config
 from compt_megatron.torchvision_mend import ensure_torchvision
 from tests.unit.lm_helpers import gpt2, hf_model, llama, make_spec
@@ -70,3 +70,6 @@ def test_macs_of_a_language_model(family: Any, tied: bool) -> None:
     model, length = hf_model(config), spec.towers["text"].tokens
     assert forward_macs(spec, "text") == counted_macs(model, "forward", torch.randint(1, 60, (2, length)))
     assert sample_macs(spec) == forward_macs(spec, "text")
+    short = at_length(spec, length // 2 - 1)
+    assert sample_macs(short) == counted_macs(model, "forward", torch.randint(1, 60, (2, length // 2 - 1)))
+    assert short.digest == spec.digest

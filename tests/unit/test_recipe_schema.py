@@ -134,7 +134,7 @@ def test_a_recipe_does_not_change_after_loading() -> None:
         ({"data__augment": {"scal": [1, 1]}}, "r: data.augment.scal: unknown key; did you mean 'scale'?"),
         ({"links__2__data": {"batchsize": 3}}, "r: links.2.data.batchsize: unknown key; did you mean 'batch_size'?"),
         ({"links__2__data": {"captions": 0}}, "r: links.2.data.captions: needs an integer >= 1 and <= 1024, not 0"),
-        ({"data__train": 3}, "r: data.train: needs text or a list (each text), not 3"),
+        ({"data__train": 3}, "r: data.train: needs text or a list (each text or a section), not 3"),
         ({"data__batch_size": "256"}, "r: data.batch_size: needs an integer >= 1, not '256'"),
         ({"data__batch_size": 256.0}, "r: data.batch_size: needs an integer >= 1, not 256.0"),
         ({"data__workers": True}, "r: data.workers: needs an integer >= 0, not true"),

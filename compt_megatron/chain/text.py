@@ -1,0 +1,110 @@
+"""The text of a language model in a chain: which data sets, of which tokenizer, in samples of which length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compt_megatron.chain.member import Member
+from compt_megatron.data.text.build import SPLITS
+from compt_megatron.data.text.source import BUILT_IN, PADDING, TextSource
+from compt_megatron.data.text.tokenizer import COMPANIONS, FILE, find_tokenizer
+from compt_megatron.errors import UserError
+from compt_megatron.recipe.files import expanded
+from compt_megatron.spec.table import ModelSpec
+
+
+def vocabulary(spec: ModelSpec) -> int:
+    """Tokens that a language model knows."""
+    return next(dim.size for param in spec.params.values() for dim in param.dims if dim.axis == "vocab")
+
+
+def open_text(spec: ModelSpec, source: Any, tokenizer: str | Path | None = None) -> TextSource:
+    """The text that `source` names, checked against the vocabulary of model `spec` and, where one is named, against
+    the tokenizer. The built-in text is tokenised on first use, and kept in the user's cache folder."""
+    tokenizer = None if tokenizer is None else expanded(str(tokenizer))
+    text = TextSource.open(source, vocab_size=vocabulary(spec), tokenizer=tokenizer)
+    text.require_vocabulary(vocabulary(spec))
+    if tokenizer is not None and text.record is not None:
+        wanted = find_tokenizer(tokenizer)
+        if wanted.sha256 != text.record.sha256:
+            raise UserError(f"data {text.name!r}: was not made with {wanted.path}; build it again with that tokenizer")
+    return text
+
+
+def open_training_text(member: Member) -> TextSource:
+    """What a member trains on, with at least one step of it. Raises UserError for data that does not suit it."""
+    data = member.settings.data
+    source = open_text(member.spec, data.train, data.tokenizer)
+    for part in source.parts:
+        if part.documents.tokens <= member.length:
+            raise UserError(
+                f"data {part.name!r}: {part.documents.tokens} tokens, fewer than one sequence of {member.length} + 1; "
+                "lower data.length or add data"
+            )
+    if (found := samples_per_pass(source, member.length)) < data.batch_size:
+        raise UserError(
+            f"{member.name}: {source.name} has {found} samples of {member.length} tokens, {data.batch_size} are "
+            "needed; lower data.batch_size or data.length, or add data"
+        )
+    return source
+
+
+def samples_per_pass(source: TextSource, length: int) -> int:
+    """Samples of one pass over every data set."""
+    return sum((part.documents.tokens - 1) // length for part in source.parts)
+
+
+def check_text(member: Member, where: str) -> None:
+    """Raise UserError for a length, a tokenizer or a text that cannot be right. What is built in is not opened: it may
+    have to be tokenised first."""
+    data, positions = member.settings.data, member.spec.towers["text"].tokens
+    if data.length is not None and data.length > positions:
+        raise UserError(
+            f"{where}: data.length is {data.length}, the model has {positions} positions; use at most {positions}"
+        )
+    if data.tokenizer is not None:
+        _check_tokenizer(member, data.tokenizer, f"{where}: data.tokenizer")
+    train = data.train if isinstance(data.train, list) else [data.train]
+    for field, sources in (("data.train", train), ("data.eval", data.eval)):
+        if field == "data.train" and not sources:
+            raise UserError(f"{where}: {field}: names no source; give one, such as stdlib/train")
+        for source in sources:
+            _check_source(member, source, f"{where}: {field}")
+
+
+def _check_tokenizer(member: Member, tokenizer: str, where: str) -> None:
+    try:
+        size = find_tokenizer(expanded(tokenizer)).vocab_size
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    own = vocabulary(member.spec)
+    if not size <= own <= size * (1 + PADDING):
+        raise UserError(f"{where}: it has {size} tokens, the model {own}; name the model's own tokenizer")
+
+
+def _check_source(member: Member, source: Any, where: str) -> None:
+    path = source["path"] if isinstance(source, dict) else source
+    base, _, split = path.partition("/")
+    if base in BUILT_IN:
+        if split not in SPLITS:
+            raise UserError(f"{where}: {path}: the built-in text is {' and '.join(f'{base}/{one}' for one in SPLITS)}")
+        return
+    if not path.strip():
+        raise UserError(f"{where}: names no source; give one, such as stdlib/train")
+    try:
+        text = TextSource.open(source)
+        if text.record is not None:
+            text.require_vocabulary(vocabulary(member.spec))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def tokenizer_files(source: TextSource) -> dict[str, Path]:
+    """{name in an exported folder: file}: the data's tokenizer, where it has one, and what transformers wants beside
+    it."""
+    file = source.tokenizer
+    if file is None:
+        return {}
+    beside = {name: file.with_name(name) for name in COMPANIONS if file.with_name(name).is_file()}
+    return {FILE: file, **beside}
