@@ -11,7 +11,7 @@ from compt_megatron.chain.member import link_members
 from compt_megatron.chain.planner import check_recipe, make_plan
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.load import load_recipe, recipe_from
-from compt_megatron.spec.cost import sample_macs
+from compt_megatron.spec.cost import at_length, sample_macs
 from compt_megatron.spec.families import load_spec
 
 PAPER = {"compt-ViT-T-16-text256": 128, "compt-ViT-S-16": 24, "compt-ViT-B-16": 18, "compt-ViT-L-16": 15}
@@ -89,6 +89,20 @@ def test_zero_stages_shard_the_model_states() -> None:
     )
     kept = make_plan(recipe_from(chain({"compt-ViT-S-16": 1}))).links[0].own.memory
     assert recomputed.activations < 0.5 * kept.activations
+
+
+def test_language_models_are_counted_at_the_length_of_their_samples() -> None:
+    long, short = (load_recipe("stdlib-lm", [f"data.length={length}", "data.samples=64000"]) for length in (256, 64))
+    plan, other = make_plan(long), make_plan(short)
+    for link, less, model in zip(plan.links, other.links, "sml"):
+        forward = sample_macs(at_length(load_spec(f"llama-stdlib-{model}"), 256))
+        assert link.macs["train"] == 3 * forward * link.samples
+        assert link.own.memory.activations > 2 * less.own.memory.activations
+        assert link.macs["extra"] == 0
+        assert 3 < link.macs["train"] / less.macs["train"] < 8, "tokens, and attention on top"
+    teacher = sample_macs(at_length(load_spec("llama-stdlib-s"), 256))
+    assert plan.links[1].macs["teacher"] == teacher * plan.links[1].samples
+    assert plan.controls[0].macs["train"] == pytest.approx(plan.total_macs, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["emoji", "cc3m", "cc3m-seven", "merged15m"])
