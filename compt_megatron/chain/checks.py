@@ -91,6 +91,11 @@ def _check_objective(member: Member, where: str) -> None:
                 f"{where}: {member.spec.name} is a language model, objective {name!r} is for images; use "
                 "objective: {name: causal_lm}"
             )
+        positions = member.spec.towers["text"].tokens
+        if member.length > positions:
+            raise UserError(
+                f"{where}: data.length is {member.length}, the model has {positions} positions; use at most {positions}"
+            )
         return
     if name == "causal_lm":
         raise UserError(

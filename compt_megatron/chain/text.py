@@ -56,13 +56,9 @@ def samples_per_pass(source: TextSource, length: int) -> int:
 
 
 def check_text(member: Member, where: str) -> None:
-    """Raise UserError for a length, a tokenizer or a text that cannot be right. What is built in is not opened: it may
-    have to be tokenised first."""
-    data, positions = member.settings.data, member.spec.towers["text"].tokens
-    if data.length is not None and data.length > positions:
-        raise UserError(
-            f"{where}: data.length is {data.length}, the model has {positions} positions; use at most {positions}"
-        )
+    """Raise UserError for a tokenizer or a text that cannot be right. What is built in is not opened: it may have to be
+    tokenised first."""
+    data = member.settings.data
     if data.tokenizer is not None:
         _check_tokenizer(member, data.tokenizer, f"{where}: data.tokenizer")
     train = data.train if isinstance(data.train, list) else [data.train]
