@@ -8,13 +8,13 @@ neighbouring rows; rank r owns V / world neighbouring streams and its workers sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from compt_megatron.data.batch import Batch
+from compt_megatron.data.prefetch import Failure, Workers
 from compt_megatron.data.samples import Decoder, Sample
 from compt_megatron.data.seeds import Use, draw_captions, forked_random_state, mix, seed_all
 from compt_megatron.data.source import ShardSource
@@ -23,14 +23,6 @@ from compt_megatron.errors import UserError
 
 CACHE_STORED_BYTES = 256 << 20  # data sets up to this size as stored are kept decoded ...
 CACHE_DECODED_BYTES = 1 << 30  # ... as long as a rank's images stay below this size
-PREFETCHED_STEPS = 2
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A UserError on its way out of a worker process (the DataLoader would bury it in a traceback)."""
-
-    message: str
 
 
 class _StepParts(IterableDataset):
@@ -60,7 +52,7 @@ class _StepParts(IterableDataset):
         self.captions, self.rows, self.streams, self.start_step = captions, rows, streams, start_step
         self.skip_budget, self.cache_bytes = skip_budget, cache_bytes
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Iterator[Batch | Failure]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         total = len(self.streams)
@@ -70,7 +62,7 @@ class _StepParts(IterableDataset):
         except UserError as error:
             if info is None:
                 raise
-            yield _Failure(str(error))
+            yield Failure(str(error))
 
     def parts(self, streams: range, cache_bytes: int) -> Iterator[Batch]:
         store = SampleStore(self.source, self.decoder, cache_bytes)
@@ -143,7 +135,7 @@ class TrainLoader:
         self.source, self.batch_size, self.start_step = source, batch_size, start_step
         own = self.streams // world
         self.workers = min(workers, own)
-        self.pin_memory, self.start_method = pin_memory, start_method
+        self.pin_memory = pin_memory
         self._parts = _StepParts(
             StreamPlan(source.sizes, self.streams, seed, shuffle_window),
             source,
@@ -157,7 +149,7 @@ class TrainLoader:
             skip_budget,
             _cache_bytes(source, cache),
         )
-        self._workers: Any = None
+        self._workers = Workers(self._parts, self.workers, start_method)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -165,40 +157,17 @@ class TrainLoader:
         return self.source.samples // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        self.close()
-        if self.workers == 0:
-            yield from (self._finished([part]) for part in self._parts)  # type: ignore[misc]
-            return
-        # Its own generator: the DataLoader would otherwise draw a seed from the trainer's.
-        loader = DataLoader(
-            self._parts,
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=PREFETCHED_STEPS,
-            generator=torch.Generator(),
-            multiprocessing_context=self.start_method,
-        )
-        self._workers = parts = iter(loader)
+        parts = self._workers.items()
         try:
-            while True:  # the DataLoader takes from its workers in turn
-                yield self._finished([next(parts) for _ in range(self.workers)])
+            while True:  # a part from each worker in turn
+                batch = Batch.join([next(parts) for _ in range(max(1, self.workers))])
+                yield batch.pin() if self.pin_memory else batch
         finally:
             self.close()
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again starts over at `start_step`."""
-        if self._workers is not None:
-            self._workers._shutdown_workers()
-            self._workers = None
-
-    def _finished(self, parts: list[Batch | _Failure]) -> Batch:
-        pieces = []
-        for part in parts:
-            if isinstance(part, _Failure):
-                raise UserError(part.message)
-            pieces.append(part)
-        batch = Batch.join(pieces)
-        return batch.pin() if self.pin_memory else batch
+        self._workers.close()
 
 
 def _check_layout(source: ShardSource, batch_size: int, streams: int, world: int) -> None:

@@ -126,7 +126,11 @@ def encode(documents: Iterable[RawDocument], recipe: Recipe, workers: int = 1) -
 
 
 class _Crew:
-    """Worker processes, each served by a thread of this one."""
+    """Worker processes, each served by a thread of this one.
+
+    They talk by pickles over pipes that nobody else has: both ends are this program, and nothing that was read from a
+    file or a network is unpickled.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
+from compt_megatron.data.prefetch import Failure, Workers
 from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.data.text.order import Pass
 from compt_megatron.data.text.sequences import Row, Sequences
 from compt_megatron.data.text.source import TextSource
 from compt_megatron.errors import UserError
-
-PREFETCHED_STEPS = 2
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A UserError on its way out of a worker process (the DataLoader would bury it in a traceback)."""
-
-    message: str
 
 
 class _Steps(IterableDataset):
@@ -34,7 +24,7 @@ class _Steps(IterableDataset):
         self.sequences, self.batch_size, self.rows = sequences, batch_size, rows
         self.start_step, self.start_sample = start_step, start_sample
 
-    def __iter__(self) -> Iterator[TokenBatch | _Failure]:
+    def __iter__(self) -> Iterator[TokenBatch | Failure]:
         info = get_worker_info()
         done, stride = (info.id, info.num_workers) if info is not None else (0, 1)
         try:
@@ -46,7 +36,7 @@ class _Steps(IterableDataset):
         except UserError as error:
             if info is None:
                 raise
-            yield _Failure(str(error))
+            yield Failure(str(error))
 
 
 class TokenLoader:
@@ -87,7 +77,7 @@ class TokenLoader:
         if vocab_size is not None:
             source.require_vocabulary(vocab_size)
         self.source, self.batch_size, self.start_step = source, batch_size, start_step
-        self.workers, self.pin_memory, self.start_method = workers, pin_memory, start_method
+        self.pin_memory = pin_memory
         self.sequences = Sequences(
             [(part.name, part.documents) for part in source.parts],
             [part.weight for part in source.parts],
@@ -100,7 +90,7 @@ class TokenLoader:
         own = batch_size // world
         start = start_step * batch_size if start_sample is None else start_sample
         self._steps = _Steps(self.sequences, batch_size, range(rank * own, (rank + 1) * own), start_step, start)
-        self._workers: Any = None
+        self._workers = Workers(self._steps, workers, start_method)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -108,35 +98,15 @@ class TokenLoader:
         return len(self.sequences) // self.batch_size
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        self.close()
-        if self.workers == 0:
-            yield from map(self._finished, self._steps)
-            return
-        # Its own generator: the DataLoader would otherwise draw a seed from the trainer's.
-        loader = DataLoader(
-            self._steps,
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=PREFETCHED_STEPS,
-            generator=torch.Generator(),
-            multiprocessing_context=self.start_method,
-        )
-        self._workers = steps = iter(loader)
         try:
-            yield from map(self._finished, steps)  # the DataLoader takes from its workers in turn
+            for step in self._workers.items():
+                yield step.pin() if self.pin_memory else step
         finally:
             self.close()
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again starts over at `start_step`."""
-        if self._workers is not None:
-            self._workers._shutdown_workers()
-            self._workers = None
-
-    def _finished(self, step: TokenBatch | _Failure) -> TokenBatch:
-        if isinstance(step, _Failure):
-            raise UserError(step.message)
-        return step.pin() if self.pin_memory else step
+        self._workers.close()
 
 
 class HeldOutLoader:
