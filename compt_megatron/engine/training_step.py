@@ -151,17 +151,13 @@ class TrainingEngine(ABC):
             if shares is not None:
                 self._backward_outputs(shares[0])
             self._backward_cached(micro, cached)
-        rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)
-        norm, refused = self._update(rate)
-        return self._finish(totals, batch, norm if math.isfinite(norm) and norm >= 0 else math.inf, refused)
+        return self._updated(totals, batch)
 
     def _step_by_rows(self, batch: AnyBatch, micro: Sequence[AnyBatch], targets: Outputs | None) -> StepResult:
         """A step whose loss is a sum over rows: each micro-batch goes forward and backward once."""
         shares = _summed(self._backward_rows(micro, self._loss_of_rows(batch, micro, targets)))
         totals = self._totals(shares)
-        rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)
-        norm, refused = self._update(rate, refuse=not all(math.isfinite(value) for value in totals.values()))
-        return self._finish(totals, batch, norm if math.isfinite(norm) and norm >= 0 else math.inf, refused)
+        return self._updated(totals, batch, refuse=not all(math.isfinite(value) for value in totals.values()))
 
     def _loss_of_rows(self, batch: AnyBatch, micro: Sequence[AnyBatch], targets: Outputs | None) -> LossOf:
         """The share of each micro-batch in the loss of the global batch. Collective where the divisor is."""
@@ -250,6 +246,12 @@ class TrainingEngine(ABC):
         if shares is not None:
             values = _stacked(shares)
         return dict(zip(names, self.topology.total(values, len(names), self.runtime.device).tolist(), strict=True))
+
+    def _updated(self, totals: dict[str, float], batch: AnyBatch, refuse: bool = False) -> StepResult:
+        """The optimizer's step with the gradients that are there, and what the whole step did."""
+        rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)
+        norm, refused = self._update(rate, refuse)
+        return self._finish(totals, batch, norm if math.isfinite(norm) and norm >= 0 else math.inf, refused)
 
     def _finish(self, totals: dict[str, float], batch: AnyBatch, grad_norm: float, skipped: bool) -> StepResult:
         rate = learning_rate(self.settings.optimizer, self.global_step, self.total_steps)

@@ -19,7 +19,7 @@ import torch
 
 from compt_kernels import exchange
 from compt_kernels.ops.pairs import Gradients, Pairs, Tile, gather_pairs, walk
-from compt_kernels.ops.scale import refuse_second_derivative
+from compt_kernels.ops.scale import refuse_second_derivative, wanted_only
 from compt_kernels.ops.tiles import NOTHING, tiles
 from compt_kernels.products import common_dtype, sum_dtype
 
@@ -90,8 +90,7 @@ class _Contrastive(torch.autograd.Function):
             gradients = [upstream * saved for saved in ctx.saved_tensors]
         else:
             gradients = torch.ops.compt_kernels.contrastive_backward(upstream, *ctx.saved_tensors, *ctx.options)
-        found = [g.to(dtype) if want else None for g, dtype, want in zip(gradients, ctx.dtypes, ctx.wanted)]
-        return *found, *(None,) * 7
+        return *wanted_only(gradients, ctx.dtypes, ctx.wanted), *(None,) * 7
 
 
 def _forward(

@@ -15,7 +15,7 @@ import torch
 
 from compt_kernels import exchange
 from compt_kernels.ops.distill_rows import distill_rows
-from compt_kernels.ops.scale import refuse_second_derivative, scaled
+from compt_kernels.ops.scale import refuse_second_derivative, scaled, wanted_only
 from compt_kernels.products import add_product_, aligned, common_dtype, product_, sum_dtype
 from compt_kernels.reference.distill import kth_largest
 
@@ -132,8 +132,7 @@ class _Rows(torch.autograd.Function):
         *inputs, weight = ctx.saved_tensors
         weight = torch.where(weight != 0, weight * upstream, 0.0)
         _, *gradients = torch.ops.compt_kernels.distill(*inputs, weight, *ctx.options, *ctx.wanted)
-        found = [g.to(x.dtype) if want else None for g, x, want in zip(gradients, inputs, ctx.wanted)]
-        return *found, *(None,) * 11
+        return *wanted_only(gradients, [x.dtype for x in inputs], ctx.wanted), *(None,) * 11
 
 
 def distill_loss(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 torch.library.define("compt_kernels::scale_rows", "(Tensor(a!) gradient, Tensor factor, Tensor? unit) -> ()")
@@ -25,6 +27,13 @@ def scaled(gradient: torch.Tensor, upstream: torch.Tensor, unit: torch.Tensor | 
         return (gradient * factor.unsqueeze(-1)).to(gradient.dtype)
     torch.ops.compt_kernels.scale_rows(gradient, upstream.contiguous(), unit)
     return gradient
+
+
+def wanted_only(
+    gradients: Iterable[torch.Tensor], dtypes: Iterable[torch.dtype], wanted: Iterable[bool]
+) -> list[torch.Tensor | None]:
+    """What a backward pass returns: each gradient in its input's dtype, or None where nobody wants it."""
+    return [g.to(dtype) if want else None for g, dtype, want in zip(gradients, dtypes, wanted)]
 
 
 def refuse_second_derivative(op: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from compt_kernels import exchange
 from compt_kernels.ops.pairs import Gradients, gather_pairs, walk
-from compt_kernels.ops.scale import refuse_second_derivative
+from compt_kernels.ops.scale import refuse_second_derivative, wanted_only
 from compt_kernels.ops.tiles import tiles
 from compt_kernels.products import common_dtype, sum_dtype
 
@@ -74,8 +74,7 @@ class _Siglip(torch.autograd.Function):
         gradients = [upstream * saved for saved in ctx.saved_tensors]
         if ctx.group and ctx.wanted[1]:
             gradients[1] = torch.ops.compt_kernels.reduce_scatter(gradients[1], ctx.group)
-        found = [g.to(dtype) if want else None for g, dtype, want in zip(gradients, ctx.dtypes, ctx.wanted)]
-        return *found, *(None,) * 8
+        return *wanted_only(gradients, ctx.dtypes, ctx.wanted), *(None,) * 8
 
 
 def _forward(
