@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from compt_megatron.spec.huggingface_names import head_key
 from compt_megatron.spec.table import ModelSpec, Param, Tower
 
 
@@ -26,6 +27,21 @@ def forward_macs(spec: ModelSpec, tower: str) -> int:
     return matrices + attention
 
 
+def head_macs(spec: ModelSpec) -> int:
+    """MACs of a language model's logits of one sequence, which `forward_macs` counts too."""
+    tower = spec.towers["text"]
+    return tower.tokens * spec.params[head_key(spec)].numel
+
+
+def head_macs(spec: ModelSpec) -> int:
+    """Those of a language model's forward pass that its head has: one product with the vocabulary for every token."""
+    return sum(
+        spec.towers["text"].tokens * param.numel
+        for param in spec.params.values()
+        if spec.is_language_model and _is_head(param, spec.towers["text"])
+    )
+
+
 def sample_macs(spec: ModelSpec, captions: int = 1) -> int:
     """Forward MACs of one training sample: its image, and each of its captions where the model has a text tower.
 
@@ -36,10 +52,16 @@ def sample_macs(spec: ModelSpec, captions: int = 1) -> int:
     return forward_macs(spec, "vision") + (captions * forward_macs(spec, "text") if "text" in spec.towers else 0)
 
 
+def _is_head(param: Param, tower: Tower) -> bool:
+    """Whether a parameter is the matrix that makes a language model's logits; tied, it is the token embedding too."""
+    vocabulary = any(dim.axis == "vocab" for dim in param.dims)
+    return tower.pool == "none" and vocabulary and (tower.tied or param.stage == "post")
+
+
 def _uses(param: Param, tower: Tower) -> int:
     """How many vectors a forward pass of one sample multiplies by this parameter."""
     axes = {dim.axis for dim in param.dims}
-    if tower.pool == "none" and "vocab" in axes and (tower.tied or param.stage == "post"):  # the language-model head
+    if _is_head(param, tower):
         return tower.tokens
     if len(param.dims) < 2 or axes & {"tokens", "vocab"}:  # biases and norms; embeddings, which are looked up
         return 0
