@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -20,10 +20,19 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from compt_megatron.models.attention import SdpaAttention
+from compt_megatron.models.linear import (
+    BlockLayers,
+    ColumnLinear,
+    PlainColumnLinear,
+    PlainRowLinear,
+    RowLinear,
+    ScaledRowLinear,
+)
 from compt_megatron.models.part import ModelPart
 from compt_megatron.spec.table import Tower
 
 Recompute = Literal["none", "selective", "full"]
+LayerKind = Literal["torch", "transformer_engine"]
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -78,57 +87,32 @@ class HeadNorm(RMSNorm):
         self.weight.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
 
 
-class ColumnLinear(ColumnParallelLinear):
-    """ColumnParallelLinear that adds its bias inside the product when the weight is not split.
+TORCH_LAYERS = BlockLayers(
+    column=ColumnLinear,
+    plain_column=PlainColumnLinear,
+    row=RowLinear,
+    plain_row=PlainRowLinear,
+    scaled_row=ScaledRowLinear,
+    layer_norm=LayerNorm,
+    rms_norm=RMSNorm,
+    attention=SdpaAttention,
+)
 
-    megatron-core returns the bias to be added later (to fuse it with an activation on GPUs): unfused, that is one more
-    pass over the widest activation.
+
+def block_layers(kind: LayerKind, tower: Tower, config: TransformerConfig, window: int | None = None) -> BlockLayers:
+    """The layers of `kind` for the blocks of `tower`.
+
+    Transformer Engine's attention is used where it means what ours does and is as sparing: in bf16 (in fp32 it keeps
+    all scores), without a window, and without padding that no token may see.
     """
+    if kind == "torch":
+        return TORCH_LAYERS
+    from compt_megatron.models.te_layers import TE_LAYERS
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if self.output_size_per_partition == self.output_size:
-            return F.linear(input_, self.weight, self.bias), None
-        return super().forward(input_, *args, **kwargs)
-
-
-class RowLinear(RowParallelLinear):
-    """RowParallelLinear that adds its bias inside the product when the weight is not split."""
-
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if self.input_size_per_partition == self.input_size:
-            return F.linear(input_, self.weight, self.bias), None
-        return super().forward(input_, *args, **kwargs)
-
-
-class ScaledRowLinear(RowLinear):
-    """RowLinear behind which a layer scale stands: gamma (W x + b), entry by entry (LayerScale, arXiv 2103.17239).
-
-    As a part of the linear it needs no module of its own between megatron-core's layers, and ZeRO-3 has gathered it
-    when it is used. It is whole on every tensor-parallel rank.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gamma = nn.Parameter(torch.empty(self.output_size, dtype=self.config.params_dtype))
-        self.gamma.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(input_, *args, **kwargs)
-        return output * self.gamma, None if bias is None else bias * self.gamma
-
-
-class PlainColumnLinear(ColumnLinear):
-    """ColumnLinear without a bias, whatever megatron-core's one setting for all linears says."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "bias": False})
-
-
-class PlainRowLinear(RowLinear):
-    """RowLinear without a bias."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "bias": False})
+    padded = config.sequence_parallel and not tower.causal
+    if config.params_dtype != torch.bfloat16 or window is not None or padded:
+        return replace(TE_LAYERS, attention=SdpaAttention)
+    return TE_LAYERS
 
 
 def transformer_config(
@@ -192,24 +176,25 @@ def _config(tower: Tower, dtype: torch.dtype, part: ModelPart, options: dict[str
     )
 
 
-def layer_spec(tower: Tower, biased: Collection[str] | None = None) -> ModuleSpec:
+def layer_spec(tower: Tower, biased: Collection[str] | None = None, layers: BlockLayers = TORCH_LAYERS) -> ModuleSpec:
     """The pre-norm layer x + attention(ln_1 x), x + mlp(ln_2 x), both scaled where the tower has a layer scale.
 
     `biased`: those of LINEARS that have a bias (None: all). Files name its norms as Transformer Engine does.
     """
     qkv, proj, fc1, fc2 = (biased is None or name in biased for name in LINEARS)
-    last = ScaledRowLinear if tower.layer_scale else RowLinear  # of attention and of MLP
-    norm, inside = RMSNorm if tower.norm == "rms" else LayerNorm, HeadNorm if tower.head_norm else None
+    last = layers.scaled_row if tower.layer_scale else layers.row  # of attention and of MLP
+    norm = layers.rms_norm if tower.norm == "rms" else layers.layer_norm
+    inside = HeadNorm if tower.head_norm else None
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnLinear if qkv else PlainColumnLinear,
-        core_attention=SdpaAttention,
-        linear_proj=last if proj else PlainRowLinear,
+        linear_qkv=layers.column if qkv else layers.plain_column,
+        core_attention=layers.attention,
+        linear_proj=last if proj else layers.plain_row,
         q_layernorm=inside,
         k_layernorm=inside,
     )
     mask = AttnMaskType.causal if tower.causal else AttnMaskType.no_mask
     mlp = MLPSubmodules(
-        linear_fc1=ColumnLinear if fc1 else PlainColumnLinear, linear_fc2=last if fc2 else PlainRowLinear
+        linear_fc1=layers.column if fc1 else layers.plain_column, linear_fc2=last if fc2 else layers.plain_row
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,7 +11,14 @@ from torch import nn
 from compt_megatron.checkpoint.contract import Layout
 from compt_megatron.checkpoint.megatron_layout import obstacle
 from compt_megatron.errors import UserError
-from compt_megatron.models.block import ACTIVATIONS, LINEARS, Recompute, transformer_config
+from compt_megatron.models.block import (
+    ACTIVATIONS,
+    LINEARS,
+    LayerKind,
+    Recompute,
+    block_layers,
+    transformer_config,
+)
 from compt_megatron.models.clip import ClipModel
 from compt_megatron.models.groups import ensure_groups, have_groups, model_groups
 from compt_megatron.models.language import LanguageModel
@@ -20,10 +27,13 @@ from compt_megatron.models.rotary import Rotary
 from compt_megatron.models.towers import TextTower, TowerPlace, VisionTower
 from compt_megatron.spec.huggingface_names import embedding_key
 from compt_megatron.spec.megatron_names import megatron_place
-from compt_megatron.spec.table import ModelSpec
+from compt_megatron.spec.table import ModelSpec, Tower
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def build_model(
@@ -33,6 +43,7 @@ def build_model(
     device: torch.device | str = "cpu",
     recompute: Recompute = "none",
     sequence: bool = False,
+    layers: LayerKind = "torch",
     meta: bool = False,
     part: ModelPart | None = None,
     chunk: int = 0,
@@ -43,16 +54,15 @@ def build_model(
 
     Uses the current process groups (or `groups`, which must fit `part`) and makes those of one unsplit model where
     there are none. `recompute`: the activations that the backward pass computes again (in training mode only);
-    `sequence`: sequence parallelism.
+    `sequence`: sequence parallelism; `layers`: what its blocks are made of.
     """
-    build = _builder(spec, dtype, recompute, sequence, part, chunk, groups)
+    build = _builder(spec, dtype, recompute, sequence, layers, part, chunk, groups)
     with torch.device("meta" if meta else device):
         model = ClipModel(build.vision(), build.text())
         for name in ("logit_scale", "logit_bias"):
             if name in spec.params and build.part.is_last(chunk):
                 setattr(model, name, nn.Parameter(torch.empty(1, dtype=dtype)))
-    _mark_split(model, build.part, chunk)
-    return model
+    return _finished(model, build, meta, device)
 
 
 def build_language_model(
@@ -62,6 +72,7 @@ def build_language_model(
     device: torch.device | str = "cpu",
     recompute: Recompute = "none",
     sequence: bool = False,
+    layers: LayerKind = "torch",
     meta: bool = False,
     part: ModelPart | None = None,
     chunk: int = 0,
@@ -72,12 +83,11 @@ def build_language_model(
     Raises UserError where the layout does not suit it (fewer query groups than tensor-parallel ranks, say), or for an
     activation or a rotary scaling that is not supported.
     """
-    build = _builder(spec, dtype, recompute, sequence, part, chunk, groups)
+    build = _builder(spec, dtype, recompute, sequence, layers, part, chunk, groups)
     _check(build.part)
     with torch.device("meta" if meta else device):
         model = build.language()
-    _mark_split(model, build.part, chunk)
-    return model
+    return _finished(model, build, meta, device)
 
 
 def _builder(
@@ -85,13 +95,23 @@ def _builder(
     dtype: torch.dtype,
     recompute: Recompute,
     sequence: bool,
+    layers: LayerKind,
     part: ModelPart | None,
     chunk: int,
     groups: ProcessGroupCollection | None,
 ) -> _Builder:
     if not have_groups():
         ensure_groups()
-    return _Builder(spec, dtype, recompute, sequence, part or ModelPart.current(spec), chunk, groups or model_groups())
+    part, groups = part or ModelPart.current(spec), groups or model_groups()
+    return _Builder(spec, dtype, recompute, sequence, layers, part, chunk, groups)
+
+
+def _finished(model: _Model, build: _Builder, meta: bool, device: torch.device | str) -> _Model:
+    if build.layers == "transformer_engine":
+        assert not meta, "Transformer Engine's layers are built with memory"
+        model.to(device)  # they come on the CPU
+    _mark_split(model, build.part, build.chunk)
+    return model
 
 
 def _check(part: ModelPart) -> None:
@@ -126,25 +146,33 @@ def _mark_split(model: nn.Module, part: ModelPart, chunk: int) -> None:
         parameters[module_name].partition_stride = 1
 
 
+def biased_linears(spec: ModelSpec) -> list[str]:
+    """Those of LINEARS that have a bias in a language model."""
+    modules = {megatron_place(spec, name).module for name, param in spec.params.items() if not param.layer}
+    return [name for name in LINEARS if f"decoder.layers.0.{name}.bias" in modules]
+
+
 @dataclass(frozen=True)
 class _Builder:
     spec: ModelSpec
     dtype: torch.dtype
     recompute: Recompute
     sequence: bool
+    layers: LayerKind
     part: ModelPart
     chunk: int
     groups: ProcessGroupCollection
 
-    def _place(self) -> TowerPlace:
+    def _place(self, tower: Tower, config: TransformerConfig, window: int | None = None) -> TowerPlace:
         stage = self.chunk if self.part.virtual > 1 else None
-        return TowerPlace(self.part.is_first(self.chunk), self.part.is_last(self.chunk), stage, self.groups)
+        layers = block_layers(self.layers, tower, config, window)
+        return TowerPlace(self.part.is_first(self.chunk), self.part.is_last(self.chunk), stage, self.groups, layers)
 
     def vision(self) -> VisionTower:
         tower = self.spec.towers["vision"]
         patch = self.spec.params["visual.conv1.weight"].shape[-1]
         config = transformer_config(tower, self.dtype, self.recompute, self.part, self.sequence)
-        return VisionTower(tower, config, self._place(), patch=patch, joint=self.spec.joint)
+        return VisionTower(tower, config, self._place(tower, config), patch=patch, joint=self.spec.joint)
 
     def text(self) -> TextTower | None:
         if "text" not in self.spec.towers:
@@ -153,23 +181,21 @@ class _Builder:
         vocab = self.spec.params["token_embedding.weight"].shape[0]
         eos = int(self.spec.config["text_cfg"].get("eos_id", 2))  # open_clip's default
         config = transformer_config(tower, self.dtype, self.recompute, self.part, self.sequence)
-        return TextTower(tower, config, self._place(), vocab=vocab, eos=eos, joint=self.spec.joint)
+        return TextTower(tower, config, self._place(tower, config), vocab=vocab, eos=eos, joint=self.spec.joint)
 
     def language(self) -> LanguageModel:
         tower = self.spec.towers["text"]
         rotary = None if tower.rope is None else Rotary(self.spec)
         attention = 1.0 if rotary is None else rotary.attention
         config = transformer_config(tower, self.dtype, self.recompute, self.part, self.sequence, attention)
-        modules = {
-            megatron_place(self.spec, name).module for name, param in self.spec.params.items() if not param.layer
-        }
+        window = self.spec.identity.get("window")
         return LanguageModel(
             tower,
             config,
-            self._place(),
+            self._place(tower, config, window),
             vocab=self.spec.params[embedding_key(self.spec)].shape[0],
-            biased=[name for name in LINEARS if f"decoder.layers.0.{name}.bias" in modules],
+            biased=biased_linears(self.spec),
             rotary=rotary,
-            window=self.spec.identity.get("window"),
+            window=window,
             layers=self.part.layers("text", self.chunk),
         )

@@ -19,6 +19,8 @@ from unittest import mock
 
 import torch
 
+from compt_megatron.models.transformer_engine import import_beside
+
 _installed = False
 
 
@@ -27,18 +29,22 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    if not torch.cuda.is_available():
-        _skip_triton_import()
     with warnings.catch_warnings():
         # Transformer Engine and apex are optional and their absence is announced four times at import
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         warnings.filterwarnings("ignore", message="Apex is not installed")
-        importlib.import_module("megatron.core")
-        importlib.import_module("megatron.core.models.backends")
+        import_beside("megatron.core", _import_megatron)
     if not torch.cuda.is_available():
         warnings.filterwarnings("ignore", message="When using async grad allreduce")  # advice about CUDA streams
         _use_cpu_random_state()
     _installed = True
+
+
+def _import_megatron() -> None:
+    if not torch.cuda.is_available():
+        _skip_triton_import()
+    importlib.import_module("megatron.core")
+    importlib.import_module("megatron.core.models.backends")
 
 
 def _skip_triton_import() -> None:

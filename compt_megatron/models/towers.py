@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from compt_megatron.models.block import LayerNorm, layer_spec
+from compt_megatron.models.block import TORCH_LAYERS, LayerNorm, layer_spec
+from compt_megatron.models.linear import BlockLayers
 from compt_megatron.spec.table import Tower
 
 
@@ -45,12 +46,14 @@ class PatchEmbedding(nn.Module):
 
 class TowerPlace(NamedTuple):
     """Where a module stands in its tower: whether it has the embeddings, whether the head; its number among the chunks
-    of a virtual pipeline (None: there are none); the process groups that the tower is split over."""
+    of a virtual pipeline (None: there are none); the process groups that the tower is split over; what its blocks are
+    made of."""
 
     pre_process: bool
     post_process: bool
     vp_stage: int | None
     groups: ProcessGroupCollection
+    layers: BlockLayers = TORCH_LAYERS
 
 
 class TowerBase(MegatronModule):
@@ -69,7 +72,7 @@ class TowerBase(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.decoder = TransformerBlock(
             config,
-            layer_spec(tower, biased),
+            layer_spec(tower, biased, place.layers),
             post_layer_norm=False,  # the final norm is applied to the pooled token only
             pre_process=place.pre_process,
             post_process=place.post_process,
