@@ -154,7 +154,7 @@ def train_member(
         grown = member.grow is not None and member.grow.moments == "grow"
         lineage = engine.load(start_from, optimizer=newest is not None or grown).get("lineage", [])
         watch.log.rewind(member.name, engine.global_step)
-        watch.console.message(f"{member.name}: {_layout_line(member, topology)}; {engine.optimizer_name}")
+        watch.console.message(f"{member.name}: {_layout_line(member, topology)}; {engine.implementation}")
         _loop(engine, loader, member, entry, progress, watch, folder, lineage, runtime)
     finally:
         loader.close()

@@ -251,6 +251,12 @@ class ParallelSettings(Section):
         description="What the backward pass computes again: nothing, the core attention of each block, or each whole "
         "block (`true` is `full`, `false` is `none`).",
     )
+    layers: Literal["auto", "torch", "transformer_engine"] = Field(
+        default="auto",
+        description="Whose linear layers, norms and attention the blocks are made of: torch's, or NVIDIA Transformer "
+        "Engine's (CUDA only, not with zero 3). `auto`: Transformer Engine's where it is installed and agrees with "
+        "torch's on the device, otherwise torch's.",
+    )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         default="none",
         description="What `deepspeed` keeps outside the device: the optimizer's state (zero 1 to 3), or the weights "
@@ -281,6 +287,8 @@ class ParallelSettings(Section):
             )
         if self.sequence and self.tensor == 1:
             raise ValueError("'sequence' splits tokens over tensor-parallel ranks; use tensor: 2 or more, or remove it")
+        if self.layers == "transformer_engine" and self.zero == 3:
+            raise ValueError("layers 'transformer_engine' does not go with zero 3; use zero: 2 or layers: auto")
         return self._check_offload()
 
     def _check_offload(self) -> ParallelSettings:
