@@ -23,6 +23,14 @@ class ObjectiveResult(NamedTuple):
     parts: dict[str, torch.Tensor]
 
 
+class CountedRows(NamedTuple):
+    """Which rows count in a loss of rows: `weights` [...] of this rank's rows (any dtype, or a mask), and `total`, 0-D,
+    their sum over the global batch."""
+
+    weights: torch.Tensor
+    total: torch.Tensor | float
+
+
 def ranks(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     """(rank, world size) in `group` (None: the default group); (0, 1) where torch.distributed is not initialised."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from math import sqrt
 
 import torch
@@ -41,14 +41,27 @@ class Projections(nn.Module):
                     parameter.copy_(uniform(seed, f"align/{tower}.{part}", shape, low=-bound, high=bound))
 
     @classmethod
-    def between(cls, student: ModelSpec, teacher: ModelSpec, seed: int = 0, leading: bool = False) -> Projections:
+    def between(
+        cls,
+        student: ModelSpec,
+        teacher: ModelSpec,
+        seed: int = 0,
+        leading: bool = False,
+        states: Sequence[str] = ("hidden",),
+    ) -> Projections:
         """The projections that aligning `student` to `teacher` needs; none (no parameters) if their features are as
-        wide: the joint width, or a language model's own."""
+        wide: the joint width, or a language model's own. `states`: what of a language model is aligned."""
         if student.is_language_model:
             widths = (student.towers["text"].width, teacher.towers["text"].width)
-            return cls({"hidden": widths}, seed, leading)
+            return cls(dict.fromkeys(states, widths), seed, leading)
         towers = ("image", "text") if student.family == "clip" else ("image",)
         return cls(dict.fromkeys(towers, (student.joint, teacher.joint)), seed, leading)
+
+    def only(self, towers: Collection[str]) -> Projections | None:
+        """Those of `towers`, the same modules; None where there are none. What a pipeline stage has of them."""
+        own = Projections({})
+        own.layers.update({tower: layer for tower, layer in self.layers.items() if tower in towers})
+        return own if own.layers else None
 
     def forward(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`outputs` plus align/<tower> [..., teacher width] for each projected tower present; in the weights' dtype."""

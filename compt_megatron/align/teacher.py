@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,12 @@ from compt_megatron.errors import UserError
 from compt_megatron.models.build import build_language_model, build_model
 from compt_megatron.models.clip import ClipModel
 from compt_megatron.models.groups import lone_groups
-from compt_megatron.models.language import LanguageModel
+from compt_megatron.models.language import LanguageModel, layer_key
 from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import load_canonical
 from compt_megatron.share import ranks
+from compt_megatron.spec.huggingface_names import head_key
+from compt_megatron.spec.megatron_names import OUTPUT_LAYER
 from compt_megatron.spec.table import ModelSpec
 
 
@@ -34,10 +36,12 @@ class Teacher:
         spec: ModelSpec,
         group: dist.ProcessGroup | None = None,
         tensor_group: dist.ProcessGroup | None = None,
+        head: torch.Tensor | None = None,
     ) -> None:
-        """`group` None: this rank runs all of its rows."""
+        """`group` None: this rank runs all of its rows. `head` [entries, width]: a language model's, of those
+        vocabulary entries that the student's head has on this rank."""
         self.model = model.eval().requires_grad_(False)
-        self.spec = spec
+        self.spec, self.head = spec, head
         self._group = group
         self._sharers = 1 if tensor_group is None else dist.get_world_size(tensor_group)
 
@@ -52,8 +56,10 @@ class Teacher:
         trust_pickle: bool = False,
         group: dist.ProcessGroup | None = None,
         tensor_group: dist.ProcessGroup | None = None,
+        entries: slice | None = None,
     ) -> Teacher:
         """Read a checkpoint of any format; `dtype` fp32 or bf16, `spec` only for files that do not record their model.
+        `entries`: see `build`.
 
         Raises UserError where the checkpoint is unreadable or its model unknown.
         """
@@ -63,8 +69,9 @@ class Teacher:
             if known is None:
                 raise UserError(f"{path}: the checkpoint does not record its model; name the teacher's model config")
             return cls.build(
-                known, lambda name: reader.read(f"weight/{name}"), group, tensor_group, dtype=dtype, device=device
-            )
+                known, lambda name: reader.read(f"weight/{name}"), group, tensor_group,
+                dtype=dtype, device=device, entries=entries,
+            )  # fmt: skip
         finally:
             reader.close()
 
@@ -78,14 +85,22 @@ class Teacher:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        entries: slice | None = None,
     ) -> Teacher:
-        """A teacher whose whole weights `get(canonical name)` gives, however the student is split."""
+        """A teacher whose whole weights `get(canonical name)` gives, however the student is split. `entries`: the
+        vocabulary entries of which this rank wants the head (None: it makes no logits)."""
         split = (1, 0) if tensor_group is None else (dist.get_world_size(tensor_group), dist.get_rank(tensor_group))
         part = ModelPart(spec, *split)
         build = build_language_model if spec.is_language_model else build_model
         model = build(spec, dtype=dtype, device=device, part=part, groups=lone_groups(tensor_group))
         load_canonical(model, spec, get, part)
-        return cls(model, spec, group, tensor_group)
+        head = None
+        if entries is not None:
+            if tensor_group is None:
+                head = model.get_parameter(OUTPUT_LAYER).detach()[entries]
+            else:  # cut otherwise than the student's
+                head = get(head_key(spec))[entries].to(device, dtype, copy=True)
+        return cls(model, spec, group, tensor_group, head)
 
     @torch.no_grad()
     def features(
@@ -108,10 +123,17 @@ class Teacher:
         return features
 
     @torch.no_grad()
-    def hidden(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`hidden` [b, n, width], a language model's states behind its final norm; tokens [b, n] int64. Collective over
-        `group`."""
-        return {"hidden": self._shared(tokens, lambda rows: self.model(rows)["hidden"])}
+    def hidden(self, tokens: torch.Tensor, layers: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+        """`hidden` [b, n, width], a language model's states behind its final norm, and `layer_<i>`, those behind each
+        of `layers`; tokens [b, n] int64. Collective over `group`."""
+        wanted = ["hidden", *map(layer_key, layers)]
+
+        def encode(rows: torch.Tensor) -> torch.Tensor:
+            outputs = self.model(rows, layers=layers)
+            return torch.cat([outputs[key] for key in wanted], dim=-1) if len(wanted) > 1 else outputs["hidden"]
+
+        found = self._shared(tokens, encode)
+        return dict(zip(wanted, found.chunk(len(wanted), dim=-1), strict=True))
 
     def _shared(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """encode(rows), each rank of the group doing its part of the rows."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from compt_megatron.chain.layouts import misfit, nearest, obstacle
 from compt_megatron.chain.member import Member, control_members, link_members
-from compt_megatron.chain.text import check_text, vocabulary
+from compt_megatron.chain.text import check_language_teacher, check_text
 from compt_megatron.chain.workload import data_ranks
 from compt_megatron.checkpoint.contract import Layout
 from compt_megatron.checkpoint.megatron_layout import obstacle as layout_obstacle
@@ -16,7 +16,6 @@ from compt_megatron.errors import UserError
 from compt_megatron.growth.operators import plan as growth_plan
 from compt_megatron.recipe.files import expanded
 from compt_megatron.recipe.schema import Recipe
-from compt_megatron.recipe.sections import AlignSettings
 from compt_megatron.spec.table import ModelSpec
 
 
@@ -127,7 +126,7 @@ def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
             )
         except UserError as error:
             raise UserError(f"{where}: cannot grow from {previous.name}: {error}") from error
-    if member.align is None:
+    if not member.taught:
         return
     if previous.numel > member.spec.numel:
         raise UserError(
@@ -136,8 +135,13 @@ def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
         )
     _check_teacher_layout(member, previous, where)
     if member.spec.is_language_model:
-        _check_language_alignment(member, member.align, previous, where)
+        check_language_teacher(member, previous, where)
         return
+    if member.distill is not None:
+        raise UserError(f"{where}: distill is for language models, {member.spec.name} is none; use align")
+    assert member.align is not None
+    if not member.align.hidden or member.align.layers:
+        raise UserError(f"{where}: align.hidden and align.layers are for language models; remove them")
     for tower in member.align.towers:
         name = "vision" if tower == "image" else "text"
         if name in member.spec.towers and name not in previous.towers:
@@ -156,33 +160,13 @@ def _check_connection(member: Member, previous: ModelSpec, where: str) -> None:
                             "make them equal or remove 'align'")  # fmt: skip
 
 
-def _check_language_alignment(member: Member, align: AlignSettings, teacher: ModelSpec, where: str) -> None:
-    """Whether the teacher can read the student's sequences, and the alignment is one of final hidden states."""
-    if not teacher.is_language_model:
-        raise UserError(f"{where}: its teacher {teacher.name} is no language model; remove 'align'")
-    own, theirs = vocabulary(member.spec), vocabulary(teacher)
-    if own != theirs:
-        raise UserError(f"{where}: vocab_size is {own}, the previous link's is {theirs}: it could not teach it; "
-                        "make them equal or remove 'align'")  # fmt: skip
-    positions = teacher.towers["text"].tokens
-    if member.length > positions:
-        raise UserError(
-            f"{where}: samples have {member.length} tokens, its teacher {teacher.name} has {positions} positions; "
-            f"use data.length: {positions} or less, or remove 'align'"
-        )
-    if align.towers != AlignSettings().towers:
-        raise UserError(f"{where}: align.towers is for images and captions; remove it")
-    if align.clamp and member.settings.parallel.micro_batches > 1:
-        raise UserError(
-            f"{where}: align.clamp compares the losses of a whole batch, parallel.micro_batches "
-            f"{member.settings.parallel.micro_batches} cuts it; use micro_batches: 1 or clamp: false"
-        )
-
-
 def _check_teacher_layout(member: Member, teacher: ModelSpec, where: str) -> None:
     """Whether the ranks of one copy of the student can split the teacher as asked, each part with rows of its own."""
-    assert member.align is not None
-    parallel, split = member.settings.parallel, member.align.tensor
+    given = [section.tensor for section in (member.align, member.distill) if section is not None]
+    if len({*given}) > 1:
+        raise UserError(f"{where}: align.tensor is {given[0]}, distill.tensor {given[1]}: they have one teacher; "
+                        "make them equal")  # fmt: skip
+    parallel, split = member.settings.parallel, member.teacher_tensor
     copy = parallel.tensor * parallel.pipeline
     fitting = [n for n in range(1, copy + 1) if copy % n == 0 and layout_obstacle(teacher, Layout(tensor=n)) is None]
     near = min(fitting, key=lambda n: (abs(n - split), n))

@@ -10,8 +10,8 @@ from typing import Any
 
 from compt_megatron.data.tar_reader import is_local
 from compt_megatron.recipe.schema import Control, Link, Recipe, Settings
-from compt_megatron.recipe.sections import TEXT_FIELDS, AlignSettings, GrowSettings
-from compt_megatron.spec.cost import at_length, sample_macs
+from compt_megatron.recipe.sections import TEXT_FIELDS, AlignSettings, DistillSettings, GrowSettings
+from compt_megatron.spec.cost import at_length, head_macs, sample_macs
 from compt_megatron.spec.families import load_spec
 from compt_megatron.spec.table import ModelSpec
 
@@ -27,6 +27,7 @@ class Member:
     parent: str | None
     grow: GrowSettings | None
     align: AlignSettings | None
+    distill: DistillSettings | None
     init: str | None
     train: bool
     epochs: float | None
@@ -55,20 +56,46 @@ class Member:
             "optimizer": settings.optimizer.model_dump(exclude={"implementation"}),
             "grow": self.grow.model_dump() if self.grow else None,
             "align": self.align.model_dump(exclude={"tensor"}) if self.align else None,
+            "distill": self.distill.model_dump(exclude={"tensor"}) if self.distill else None,
             "length": [self.init, self.train, self.epochs, self.steps, self.compute],
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
     def macs_per_sample(self, teacher: ModelSpec | None) -> dict[str, float]:
-        """Multiply-accumulates of one training sample: forward and backward (2x), the teacher's forward, and the
-        second forward of cached gradients, which is counted apart."""
+        """Multiply-accumulates of one training sample: forward and backward (2x), what the teacher costs while it runs,
+        and the second forward of cached gradients, which is counted apart.
+
+        The teacher costs its forward; that of a language model makes logits only where they are distilled, and then the
+        student's are made once more, forward and backward."""
         captions = self.settings.data.captions
         forward = sample_macs(self.sized(self.spec), captions)
+        taught = 0.0
+        if teacher is not None:
+            taught = float(sample_macs(self.sized(teacher), captions))
+            if teacher.is_language_model:
+                logits = self.distill is not None
+                taught += 3.0 * head_macs(self.sized(self.spec)) if logits else -float(head_macs(self.sized(teacher)))
         return {
             "train": 3.0 * forward,
-            "teacher": float(sample_macs(self.sized(teacher), captions)) if teacher is not None else 0.0,
+            "teacher": taught,
             "cached_forward": float(forward) if self._is_cached else 0.0,
         }
+
+    @property
+    def taught(self) -> bool:
+        """Whether the predecessor is its teacher."""
+        return self.align is not None or self.distill is not None
+
+    @property
+    def teacher_tensor(self) -> int:
+        """Ranks that split the teacher between them."""
+        return max([1, *(section.tensor for section in (self.align, self.distill) if section is not None)])
+
+    @property
+    def teacher_share(self) -> float:
+        """The share of the steps in which the teacher runs."""
+        sections = [section for section in (self.align, self.distill) if section is not None and section.weight > 0]
+        return max((1.0 if section.end is None else section.end for section in sections), default=0.0)
 
     @property
     def length(self) -> int:
@@ -110,9 +137,9 @@ def link_members(recipe: Recipe, beside: Path | None) -> list[Member]:
 
 
 def _link(link: Link, spec: ModelSpec, settings: Settings, previous: str | None) -> Member:
-    parent = previous if link.grow is not None or link.align is not None else None
+    parent = previous if any(one is not None for one in (link.grow, link.align, link.distill)) else None
     return Member(
-        link.name, "link", spec, settings, parent, link.grow, link.align, link.init, link.train,
+        link.name, "link", spec, settings, parent, link.grow, link.align, link.distill, link.init, link.train,
         link.epochs, link.steps, None,
     )  # fmt: skip
 
@@ -128,6 +155,6 @@ def control_members(recipe: Recipe, links: list[Member]) -> list[Member]:
 
 def _control(control: Control, spec: ModelSpec, settings: Settings) -> Member:
     return Member(
-        control.name, "control", spec, settings, None, None, None, None, True,
+        control.name, "control", spec, settings, None, None, None, None, None, True,
         control.epochs, control.steps, control.compute,
     )  # fmt: skip

@@ -156,7 +156,7 @@ def make_plan(
     base_samples = _samples(members[0], sizes[members[0].name] or 0, relative)
     links: list[MemberPlan] = []
     for index, member in enumerate(members):
-        teacher = members[index - 1] if member.align is not None and index else None
+        teacher = members[index - 1] if member.taught and index else None
         samples = _samples(member, sizes[member.name] or 0, relative)
         links.append(_plan(member, teacher, samples, base_samples, place, relative))
         _note_warmup(links[-1], member, notes)

@@ -11,6 +11,7 @@ from compt_megatron.data.text.source import BUILT_IN, PADDING, TextSource
 from compt_megatron.data.text.tokenizer import COMPANIONS, FILE, find_tokenizer
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import expanded
+from compt_megatron.recipe.sections import AlignSettings
 from compt_megatron.spec.table import ModelSpec
 
 
@@ -94,6 +95,63 @@ def _check_source(member: Member, source: Any, where: str) -> None:
             text.require_vocabulary(vocabulary(member.spec))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def check_language_teacher(member: Member, teacher: ModelSpec, where: str) -> None:
+    """Raise UserError for a predecessor that cannot read the student's sequences, or whose states and layers the recipe
+    asks for in vain."""
+    sections = [name for name in ("align", "distill") if getattr(member, name) is not None]
+    named = " and ".join(map(repr, sections))
+    if not teacher.is_language_model:
+        raise UserError(f"{where}: its teacher {teacher.name} is no language model; remove {named}")
+    own, theirs = vocabulary(member.spec), vocabulary(teacher)
+    if own != theirs:
+        raise UserError(
+            f"{where}: vocab_size is {own}, the previous link's is {theirs}: it could not teach it; make them equal or "
+            f"remove {named}"
+        )
+    positions = teacher.towers["text"].tokens
+    if member.length > positions:
+        raise UserError(
+            f"{where}: samples have {member.length} tokens, its teacher {teacher.name} has {positions} positions; "
+            f"use data.length: {positions} or less, or remove {named}"
+        )
+    if member.distill is not None and member.distill.top_k is not None and member.distill.top_k > own:
+        raise UserError(
+            f"{where}: distill.top_k is {member.distill.top_k}, the vocabulary has {own} tokens; use less, or remove it"
+        )
+    if member.align is not None:
+        _check_states(member, member.align, teacher, where)
+
+
+def _check_states(member: Member, align: AlignSettings, teacher: ModelSpec, where: str) -> None:
+    if align.towers != AlignSettings().towers:
+        raise UserError(f"{where}: align.towers is for images and captions; remove it")
+    if not align.hidden and not align.layers:
+        raise UserError(
+            f"{where}: align.hidden is false and align.layers names none: nothing is aligned; remove 'align'"
+        )
+    for whose, spec, layers in (
+        ("", member.spec, align.layers),
+        ("its teacher's ", teacher, align.layers.values()),
+    ):
+        count = spec.towers["text"].layers
+        if (beyond := max(layers, default=0)) >= count:
+            raise UserError(
+                f"{where}: align.layers names {whose}layer {beyond}, of which {spec.name} has {count}, counted from 0; "
+                f"use at most {count - 1}"
+            )
+    parallel = member.settings.parallel
+    if align.clamp and parallel.micro_batches > 1:
+        raise UserError(
+            f"{where}: align.clamp compares the losses of a whole batch, parallel.micro_batches "
+            f"{parallel.micro_batches} cuts it; use micro_batches: 1 or clamp: false"
+        )
+    if align.clamp and align.layers and parallel.pipeline > 1:
+        raise UserError(
+            f"{where}: align.clamp compares with the loss of the last stage, parallel.pipeline {parallel.pipeline} has "
+            "layers on others; use pipeline: 1, clamp: false, or no align.layers"
+        )
 
 
 def tokenizer_files(source: TextSource) -> dict[str, Path]:

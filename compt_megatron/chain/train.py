@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from compt_megatron.align.alignment import Alignment
+from compt_megatron.align.distillation import Distillation
 from compt_megatron.align.projection import Projections
 from compt_megatron.align.teacher import Teacher
 from compt_megatron.chain.ledger import Entry
@@ -31,11 +32,13 @@ from compt_megatron.engine.runtime import Runtime
 from compt_megatron.engine.topology import Topology
 from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.errors import StopRequested, UserError
+from compt_megatron.models.part import ModelPart
 from compt_megatron.objectives.registry import build_objective
 from compt_megatron.observe.console import Console
 from compt_megatron.observe.metrics import RunLog
 from compt_megatron.observe.throughput import Throughput, peak_flops
 from compt_megatron.recipe.sections import CheckpointSettings, ReportSettings
+from compt_megatron.spec.huggingface_names import head_key
 
 # What an exactly grown model may differ from its teacher at step 0: the squared distance of unit feature vectors.
 _ALIGN_NOISE = {"fp32": 1e-6, "bf16": 1e-2}
@@ -136,7 +139,7 @@ def train_member(
     samples = member.settings.data.samples
     steps_per_epoch = max(1, samples // loader.batch_size) if samples else loader.steps_per_epoch
     steps = total_steps(member, steps_per_epoch, entry.budget_macs)
-    teacher, alignment, projections = _alignment(member, parent_checkpoint, steps, runtime, topology)
+    teacher, alignment, distillation, projections = _teaching(member, parent_checkpoint, steps, runtime, topology)
     macs = member.macs_per_sample(teacher.spec if teacher else None)
     progress = Progress.resumed(train_state, steps, steps_per_epoch, loader.streams, macs)
     engine = engine_class(member.settings.parallel)(
@@ -147,6 +150,7 @@ def train_member(
         total_steps=progress.total_steps,
         teacher=teacher,
         alignment=alignment,
+        distillation=distillation,
         projections=projections,
         factors=_factors(member, entry),
     )
@@ -154,7 +158,7 @@ def train_member(
         grown = member.grow is not None and member.grow.moments == "grow"
         lineage = engine.load(start_from, optimizer=newest is not None or grown).get("lineage", [])
         watch.log.rewind(member.name, engine.global_step)
-        watch.console.message(f"{member.name}: {_layout_line(member, topology)}; {engine.implementation}")
+        watch.console.message(f"{member.name}: {_layout_line(member, topology)}; {engine.optimizer_name}")
         _loop(engine, loader, member, entry, progress, watch, folder, lineage, runtime)
     finally:
         loader.close()
@@ -266,11 +270,12 @@ def _peak(runtime: Runtime, member: Member) -> float | None:
 
 
 def _check_alignment(engine: TrainingEngine, member: Member, batch: AnyBatch) -> dict[str, float]:
-    """The alignment loss before the first step; an exactly grown model must start at zero, to rounding."""
+    """The alignment loss before the first step; an exactly grown model must start at zero, to rounding. Which layers
+    are alike, the recipe does not say."""
     losses = engine.alignment_at_start(batch)
     exact = member.grow is not None and member.grow.operator == "exact" and not member.grow.allow_approximate
     limit = _ALIGN_NOISE[member.settings.precision]
-    if exact and any(not value <= limit for value in losses.values()):
+    if exact and any(not value <= limit for tower, value in losses.items() if not tower.startswith("layer_")):
         raise UserError(
             f"{member.name}: grown by 'exact', but its features differ from the predecessor's at step 0 "
             f"({losses}, rounding stays below {limit:g}); check the grown checkpoint with: compt verify"
@@ -278,29 +283,51 @@ def _check_alignment(engine: TrainingEngine, member: Member, batch: AnyBatch) ->
     return losses
 
 
-def _alignment(
+def _teaching(
     member: Member, parent_checkpoint: Path | None, steps: int, runtime: Runtime, topology: Topology
-) -> tuple[Teacher | None, Alignment | None, Projections | None]:
-    if member.align is None or not member.train:
-        return None, None, None
+) -> tuple[Teacher | None, Alignment | None, Distillation | None, Projections | None]:
+    """What a link learns from its predecessor by, none of it where it does not. Collective."""
+    if not member.taught or not member.train:
+        return None, None, None, None
     assert parent_checkpoint is not None
-    dtype = torch.bfloat16 if member.settings.precision == "bf16" else torch.float32
-    align = member.align
+    align, distill = member.align, member.distill
+    entries = None
+    if distill is not None and topology.has_outputs:
+        entries = ModelPart.current(member.spec).box(head_key(member.spec))[0]
     teacher = Teacher.load(
         parent_checkpoint,
-        dtype,
+        torch.bfloat16 if member.settings.precision == "bf16" else torch.float32,
         runtime.device,
         group=topology.model_group,
-        tensor_group=topology.neighbours(align.tensor),
+        tensor_group=topology.neighbours(member.teacher_tensor),
+        entries=entries,
     )
-    alignment = Alignment(
-        weight=align.weight,
-        schedule=align.schedule,
-        end_step=None if align.end is None else max(1, round(align.end * steps)),
-        clamp=align.clamp,
-        distance=align.distance,
-        towers=("hidden",) if member.spec.is_language_model else tuple(align.towers),
-    )
-    exact = member.grow is not None and member.grow.operator == "exact"
-    projections = Projections.between(member.spec, teacher.spec, member.settings.seed, leading=exact)
-    return teacher, alignment, projections
+    alignment = distillation = projections = None
+    if align is not None:
+        alignment = Alignment(
+            weight=align.weight,
+            schedule=align.schedule,
+            end_step=_end_step(align.end, steps),
+            clamp=align.clamp,
+            distance=align.distance,
+            towers=(("hidden",) if align.hidden else ()) if member.spec.is_language_model else tuple(align.towers),
+            layers=align.layers,
+        )
+        exact = member.grow is not None and member.grow.operator == "exact"
+        projections = Projections.between(
+            member.spec, teacher.spec, member.settings.seed, leading=exact, states=alignment.towers or ()
+        )
+    if distill is not None:
+        distillation = Distillation(
+            weight=distill.weight,
+            temperature=distill.temperature,
+            top_k=distill.top_k,
+            schedule=distill.schedule,
+            end_step=_end_step(distill.end, steps),
+            chunk=member.settings.objective.chunk,
+        )
+    return teacher, alignment, distillation, projections
+
+
+def _end_step(end: float | None, steps: int) -> int | None:
+    return None if end is None else max(1, round(end * steps))

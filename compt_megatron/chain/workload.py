@@ -76,14 +76,12 @@ class Workload:
     @classmethod
     def of(cls, member: Member, teacher: ModelSpec | None) -> Workload:
         """The step of a link or control that is aligned to `teacher`."""
-        settings, align = member.settings, member.align
-        share = 0.0 if align is None or align.weight == 0 else 1.0 if align.end is None else align.end
-        split, clamp = (1, False) if align is None else (align.tensor, align.clamp)
+        settings, clamp = member.settings, member.align is not None and member.align.clamp
         data = settings.data
         own, theirs = member.sized(member.spec), None if teacher is None else member.sized(teacher)
         return cls(
-            own, theirs, data.batch_size, data.captions, settings.precision, share,
-            teacher_ranks=split, clamp=clamp, chunk=settings.objective.chunk,
+            own, theirs, data.batch_size, data.captions, settings.precision, member.teacher_share,
+            teacher_ranks=member.teacher_tensor, clamp=clamp, chunk=settings.objective.chunk,
         )  # fmt: skip
 
     @property

@@ -58,7 +58,7 @@ class DeepSpeedEngine(TrainingEngine):
         use_cpu_in_training()
         parallel = self.parallel
         part = ModelPart.current(spec)
-        student = build_student(spec, self._dtype, parallel, part, projections, layers=self._layers.kind)
+        student = build_student(spec, self._dtype, parallel, part, projections)
         student.to(runtime.device).train()
         sum_sequence_gradients(student, self.topology)
         held = held_by(student, part)
@@ -114,23 +114,25 @@ class DeepSpeedEngine(TrainingEngine):
                 self._engine.step()  # not yet an optimizer's: it only counts micro-batches
             self._backward(cached.surrogate(index, self._seeded_forward(index, micro)))
 
-    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf, layers: Sequence[int]) -> list[Shares]:
         found = []
         for index in range(len(micro)):
             if index:
                 self._engine.step()  # as above
-            loss, parts = self._row_loss(self._engine, index, micro, loss_of)
+            loss, parts = self._row_loss(self._engine, index, micro, loss_of, layers)
             self._backward(loss)
             found.append((loss.detach(), parts))
         return found
 
-    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf, layers: Sequence[int] = ()) -> list[Shares]:
         self._student.eval()
-        found = [self._row_loss(self._student, index, micro, loss_of) for index in range(len(micro))]
+        found = [self._row_loss(self._student, index, micro, loss_of, layers) for index in range(len(micro))]
         self._student.train()
         return found
 
-    def _row_loss(self, module: Any, index: int, micro: Sequence[AnyBatch], loss_of: LossOf) -> Shares:
+    def _row_loss(
+        self, module: Any, index: int, micro: Sequence[AnyBatch], loss_of: LossOf, layers: Sequence[int]
+    ) -> Shares:
         batch = micro[index]
         if not isinstance(batch, TokenBatch):
             return loss_of(index, self._seeded_forward(index, micro))
@@ -142,7 +144,7 @@ class DeepSpeedEngine(TrainingEngine):
             parts.update(own)
             return loss
 
-        return module(tokens=batch.tokens, use=use), parts
+        return module(tokens=batch.tokens, use=use, layers=layers), parts
 
     def _update(self, rate: float, refuse: bool = False) -> tuple[float, bool]:
         for group in self._optimizer.param_groups:

@@ -34,6 +34,7 @@ from compt_megatron.engine.training_step import LossOf, Shares, TrainingEngine
 from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.megatron_cpu import use_cpu_in_training
 from compt_megatron.models.part import ModelPart
+from compt_megatron.models.stages import with_loss
 
 _TOWERS = {"image": "vision", "text": "text"}  # feature -> the tower it comes from
 _TOKENS = "tokens"  # in the place of a feature: a language model's input
@@ -49,7 +50,7 @@ class MegatronEngine(TrainingEngine):
         self._chunks: list[AnyStudent] = []
         held: dict[str, Held] = {}
         for chunk in range(part.virtual):
-            student = build_student(spec, self._dtype, parallel, part, projections, chunk, self._layers.kind)
+            student = build_student(spec, self._dtype, parallel, part, projections, chunk)
             student.to(runtime.device).train()
             sum_sequence_gradients(student, self.topology)
             held |= {f"{chunk}.{name}": entry for name, entry in held_by(student, part, chunk).items()}
@@ -108,7 +109,7 @@ class MegatronEngine(TrainingEngine):
 
             self._pipeline(feature, micro, surrogate)
 
-    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf, layers: Sequence[int]) -> list[Shares]:
         (feature,) = _features(micro[0])
         found: list[Shares] = []
 
@@ -117,17 +118,25 @@ class MegatronEngine(TrainingEngine):
             found.append((share.detach(), parts))
             return share * self.topology.data  # as in `_backward`
 
-        self._pipeline(feature, micro, loss)
+        self._pipeline(feature, micro, loss, layers, loss)
         return found
 
-    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf, layers: Sequence[int] = ()) -> list[Shares]:
         (feature,) = _features(micro[0])
+        found: list[Shares] = []
+
+        def loss(index: int, output: Any) -> torch.Tensor:
+            found.append(loss_of(index, self._outputs_from(feature, output)))
+            return found[-1][0]
+
         for chunk in self._chunks:
             chunk.eval()
-        outputs = self._pipeline(feature, micro)
+        outputs = self._pipeline(feature, micro, None, layers, loss)
         for chunk in self._chunks:
             chunk.train()
-        return [loss_of(index, self._outputs_from(feature, output)) for index, output in enumerate(outputs)]
+        for index, output in enumerate(outputs):
+            loss(index, output)
+        return found
 
     def _outputs_from(self, feature: str, output: Any) -> Outputs:
         """What a loss is of, from what comes out of the last stage: all of it, or a tower's feature."""
@@ -138,9 +147,12 @@ class MegatronEngine(TrainingEngine):
         feature: str,
         micro: Sequence[AnyBatch],
         loss: Callable[[int, Any], torch.Tensor] | None = None,
+        layers: Sequence[int] = (),
+        inner: Callable[[int, Any], torch.Tensor] | None = None,
     ) -> list[Any]:
         """Run one tower over all micro-batches: forward, or forward and backward from `loss` (index and feature of a
-        micro-batch -> 0-D).
+        micro-batch -> 0-D). `inner`: the loss of `layers` of a language model on stages that have some and are not the
+        last.
 
         Returns the feature of each micro-batch where it comes out and there is no backward.
         """
@@ -167,8 +179,14 @@ class MegatronEngine(TrainingEngine):
                 return loss(index, output) * len(micro), {}
 
             if feature == _TOKENS:
-                outputs = students[tower](inputs[index])
-                return (outputs if tower.post_process else outputs["activations"]), result
+                outputs = students[tower](inputs[index], layers=layers)
+                if tower.post_process:
+                    return outputs, result
+                activations = outputs.pop("activations")
+                if outputs:  # layers
+                    assert inner is not None
+                    activations = with_loss(activations, inner(index, outputs))
+                return activations, result
             return tower(inputs[index]), result
 
         found = get_forward_backward_func()(

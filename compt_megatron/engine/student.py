@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import exp, log
 from typing import Any
 
@@ -13,10 +13,9 @@ from torch import nn
 from compt_megatron.align.projection import Projections
 from compt_megatron.engine.run_checkpoint import Held
 from compt_megatron.engine.topology import Topology
-from compt_megatron.models.block import LayerKind
 from compt_megatron.models.build import build_language_model, build_model
 from compt_megatron.models.clip import ClipModel
-from compt_megatron.models.language import LanguageModel
+from compt_megatron.models.language import LanguageModel, layer_key
 from compt_megatron.models.part import ModelPart
 from compt_megatron.recipe.sections import ParallelSettings
 from compt_megatron.spec.megatron_names import OUTPUT_LAYER
@@ -51,14 +50,21 @@ class LanguageStudent(nn.Module):
         self.model = model
         self.projections = projections
 
-    def forward(self, tokens: torch.Tensor, use: Callable[[Outputs], Any] | None = None) -> Any:
-        """tokens [b, n] -> the stage's outputs; on the last stage what `use` makes of them, projections added."""
+    def forward(
+        self, tokens: torch.Tensor, use: Callable[[Outputs], Any] | None = None, layers: Sequence[int] = ()
+    ) -> Any:
+        """tokens [b, n] -> the stage's outputs, with those of its `layers`, projections added; on the last stage what
+        `use` makes of them."""
 
         def finish(outputs: Outputs) -> Any:
-            outputs = outputs if self.projections is None else self.projections(outputs)
+            outputs = self._projected(outputs)
             return outputs if use is None else use(outputs)
 
-        return self.model(tokens, use=finish)
+        found = self.model(tokens, layers=layers, use=finish)
+        return found if self.model.post_process else self._projected(found)
+
+    def _projected(self, outputs: Outputs) -> Outputs:
+        return outputs if self.projections is None else self.projections(outputs)
 
 
 AnyStudent = Student | LanguageStudent
@@ -71,14 +77,21 @@ def build_student(
     part: ModelPart,
     projections: Projections | None,
     chunk: int = 0,
-    layers: LayerKind = "torch",
 ) -> AnyStudent:
     """A chunk of `part` of the model in training mode, without weights; projections where its features come out."""
-    options: dict[str, Any] = {"recompute": parallel.recompute, "sequence": parallel.sequence, "layers": layers}
-    own = projections.to(dtype) if projections is not None and part.is_last(chunk) else None
+    options: dict[str, Any] = {"recompute": parallel.recompute, "sequence": parallel.sequence}
+    own = None if projections is None else _own_projections(projections.to(dtype), spec, part, chunk)
     if spec.is_language_model:
         return LanguageStudent(build_language_model(spec, dtype=dtype, part=part, chunk=chunk, **options), own)
     return Student(build_model(spec, dtype=dtype, part=part, chunk=chunk, **options), own)
+
+
+def _own_projections(projections: Projections, spec: ModelSpec, part: ModelPart, chunk: int) -> Projections | None:
+    """Those whose features come out of a chunk."""
+    if not spec.is_language_model:
+        return projections if part.is_last(chunk) else None
+    final = ["hidden"] if part.is_last(chunk) else []
+    return projections.only([*final, *map(layer_key, part.layers("text", chunk))])
 
 
 def logit_scale_of(student: AnyStudent) -> nn.Parameter | None:

@@ -80,12 +80,22 @@ class Topology:
         """Whether the model's features come out on this rank."""
         return self.stage == self.pipeline - 1
 
-    def total(self, shares: torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
-        """The sum over the batch of `count` values that the last stage has shares of (None elsewhere). Collective."""
+    def total(self, shares: torch.Tensor | None, count: int, device: torch.device, inner: bool = False) -> torch.Tensor:
+        """The sum over the batch of `count` values that the last stage has shares of (None elsewhere), and with `inner`
+        other stages too. Collective."""
         values = torch.zeros(count, device=device) if shares is None else shares.clone()
-        if self.data > 1 and shares is not None:
+        if self.data > 1 and (inner or shares is not None):
             dist.all_reduce(values, group=self.data_group)
-        return self.from_last(values)
+        if not inner:
+            return self.from_last(values)
+        dist.all_reduce(values, group=self.pipeline_group)
+        return values
+
+    def told_by_all(self, value: Any) -> list[Any]:
+        """Every stage's picklable `value`, in the order of stages. Collective."""
+        found: list[Any] = [None] * self.pipeline
+        dist.all_gather_object(found, value, group=self.pipeline_group)
+        return found
 
     def told_by_last(self, value: Any) -> Any:
         """The last stage's picklable `value` on every stage. Collective."""

@@ -14,20 +14,22 @@ from typing import Any
 import torch
 
 from compt_megatron.align.alignment import Alignment
+from compt_megatron.align.distillation import Distillation
 from compt_megatron.align.projection import Projections
 from compt_megatron.align.teacher import Teacher
 from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.engine.cached_gradients import CachedGradients
 from compt_megatron.engine.contract import AnyBatch, StepResult
-from compt_megatron.engine.layers import choose_layers
 from compt_megatron.engine.run_checkpoint import RunCheckpoint
 from compt_megatron.engine.runtime import Runtime, seed_step
 from compt_megatron.engine.schedule import learning_rate
 from compt_megatron.engine.student import Outputs
 from compt_megatron.engine.topology import Topology
 from compt_megatron.errors import UserError
+from compt_megatron.models.language import layer_key
 from compt_megatron.objectives.base import Objective, RowObjective
 from compt_megatron.recipe.schema import Settings
+from compt_megatron.share import CountedRows
 from compt_megatron.spec.table import ModelSpec
 
 _MAX_SKIPPED_IN_A_ROW = 20
@@ -49,6 +51,7 @@ class TrainingEngine(ABC):
         total_steps: int,
         teacher: Teacher | None = None,
         alignment: Alignment | None = None,
+        distillation: Distillation | None = None,
         projections: Projections | None = None,
         factors: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
@@ -58,23 +61,18 @@ class TrainingEngine(ABC):
         decay, by canonical name, as a growth certificate's `rates` has them; 1 for tensors that it does not name.
         """
         self.spec, self.settings, self.objective, self.runtime = spec, settings, objective, runtime
-        self.total_steps, self.teacher, self.alignment = total_steps, teacher, alignment
+        self.total_steps, self.teacher = total_steps, teacher
+        self.alignment, self.distillation = alignment, distillation
         self.topology = Topology.start(settings.parallel)
         self.parallel = settings.parallel.as_run(self.topology.data, settings.precision)
         self.factors = dict(factors or {})
         self.global_step = 0
         self._skipped_in_a_row = 0
-        self._part_names: dict[bool, list[str]] = {}
+        self._part_names: dict[Any, list[str]] = {}
         self._dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.optimizer_name = ""  # which code makes the optimizer's steps, for people
-        self._layers = choose_layers(spec, self.parallel, self._dtype, runtime.device)
         self._checkpoint: RunCheckpoint
         self._build(projections)
-
-    @property
-    def implementation(self) -> str:
-        """Which code the blocks and the optimizer's steps are made of, for people."""
-        return f"{self._layers.name}; {self.optimizer_name}"
 
     # -- what an engine has of its own -------------------------------------------------------------------------------
 
@@ -107,12 +105,12 @@ class TrainingEngine(ABC):
         """Forward every micro-batch again and send the cached gradients back."""
 
     @abstractmethod
-    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+    def _backward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf, layers: Sequence[int]) -> list[Shares]:
         """Forward and backward of every micro-batch with its own loss; the shares, without graph, on the ranks where
-        outputs come out."""
+        outputs come out: of the last stage, and of `layers` of a language model on the stages that have them."""
 
     @abstractmethod
-    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf) -> list[Shares]:
+    def _forward_rows(self, micro: Sequence[AnyBatch], loss_of: LossOf, layers: Sequence[int] = ()) -> list[Shares]:
         """The same in evaluation mode, without backward."""
 
     @abstractmethod
@@ -136,7 +134,7 @@ class TrainingEngine(ABC):
         """One optimizer step; `batch` holds the rows of the global batch that this rank's copy of the model has."""
         batch = batch.to(self.runtime.device)
         micro = batch.split(self.settings.parallel.micro_batches)
-        targets = self._teacher_features(batch) if self._aligning else None
+        targets = self._teacher_features(batch) if self._taught else None
         cached, shares = None, None
         whole = len(micro) == 1 and self.topology.pipeline == 1
         if self.spec.is_language_model or (not whole and not self._couples_rows):
@@ -162,7 +160,8 @@ class TrainingEngine(ABC):
 
     def _step_by_rows(self, batch: AnyBatch, micro: Sequence[AnyBatch], targets: Outputs | None) -> StepResult:
         """A step whose loss is a sum over rows: each micro-batch goes forward and backward once."""
-        shares = _summed(self._backward_rows(micro, self._loss_of_rows(batch, micro, targets)))
+        loss_of = self._loss_of_rows(batch, micro, targets)
+        shares = _summed(self._backward_rows(micro, loss_of, self._aligned_layers))
         totals = self._totals(shares)
         return self._updated(totals, batch, refuse=not all(math.isfinite(value) for value in totals.values()))
 
@@ -172,9 +171,7 @@ class TrainingEngine(ABC):
         divisor = self.objective.divisor(batch, self.topology.data_group)
 
         def loss_of(index: int, outputs: Outputs) -> Shares:
-            part = None
-            if targets is not None:
-                part = {key: value.chunk(len(micro))[index] for key, value in targets.items()}
+            part = _part(targets, index, len(micro))
             return self._loss(outputs, micro[index], part, len(batch), divisor)
 
         return loss_of
@@ -187,9 +184,7 @@ class TrainingEngine(ABC):
         batch = batch.to(self.runtime.device)
         micro = batch.split(self.topology.pipeline if self.topology.virtual > 1 else 1)
         shares = _summed(self._forward_rows(micro, self._loss_of_rows(batch, micro, None)))
-        names = ["loss", *self.topology.told_by_last(None if shares is None else [*shares[1]])]
-        values = None if shares is None else _stacked(shares)
-        return dict(zip(names, self.topology.total(values, len(names), self.runtime.device).tolist(), strict=True))
+        return self._totals(shares, "evaluation")
 
     @property
     def _couples_rows(self) -> bool:
@@ -198,8 +193,23 @@ class TrainingEngine(ABC):
 
     @property
     def _aligning(self) -> bool:
-        """Whether this step has an alignment loss; the teacher need not run otherwise."""
+        """Whether this step has an alignment loss."""
         return self.alignment is not None and self.alignment.weight_at(self.global_step, self.total_steps) > 0
+
+    @property
+    def _distilling(self) -> bool:
+        """Whether this step has a distillation loss."""
+        return self.distillation is not None and self.distillation.weight_at(self.global_step, self.total_steps) > 0
+
+    @property
+    def _taught(self) -> bool:
+        """Whether the teacher must run in this step."""
+        return self._aligning or self._distilling
+
+    @property
+    def _aligned_layers(self) -> Sequence[int]:
+        """The layers of a language model whose outputs this step's loss wants."""
+        return [*self.alignment.layers] if self.alignment is not None and self._aligning else []
 
     def _seed(self, micro_batch: int) -> None:
         seed_step(self.settings.seed, self.global_step, micro_batch, self.topology.data_rank)
@@ -207,14 +217,18 @@ class TrainingEngine(ABC):
     def _teacher_features(self, batch: AnyBatch) -> Outputs | None:
         if self.teacher is None:
             return None
+        rows = max(1, len(batch) // self.settings.parallel.micro_batches)
+        starts = range(0, len(batch), rows)
         if isinstance(batch, TokenBatch):
-            return self.teacher.hidden(batch.tokens)
-        rows = max(1, batch.images.shape[0] // self.settings.parallel.micro_batches)
+            layers = {} if self.alignment is None else self.alignment.layers
+            found = [self.teacher.hidden(batch.tokens[i : i + rows], sorted({*layers.values()})) for i in starts]
+            whole = _joined(found)
+            return {"hidden": whole["hidden"]} | {layer_key(own): whole[layer_key(its)] for own, its in layers.items()}
         parts = []
-        for start in range(0, batch.images.shape[0], rows):
+        for start in starts:
             texts = None if batch.texts is None else batch.texts[start : start + rows].flatten(0, 1)
             parts.append(self.teacher.features(batch.images[start : start + rows], texts))
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if parts[0][key].dim()}
+        return _joined(parts)
 
     def _loss(
         self,
@@ -226,33 +240,75 @@ class TrainingEngine(ABC):
     ) -> Shares:
         """This rank's share of the global loss, and of its parts. `rows`, `divisor`: this rank's rows and the
         objective's divisor, where `batch` is one of several micro-batches."""
+        if "hidden" not in outputs and isinstance(batch, TokenBatch):  # an inner stage: only its layers
+            return self._aligned(outputs, batch, targets, rows, divisor, None)
         group = self.topology.data_group
         if divisor is None:
             task = self.objective(outputs, batch, group)
         else:
             assert isinstance(self.objective, RowObjective)
             task = self.objective(outputs, batch, group, divisor)
-        if self.alignment is None or targets is None:
-            return task.loss, task.parts
-        aligned = self.alignment(
+        if targets is None:
+            return task
+        terms: list[Shares] = [task]
+        if self._aligning:
+            terms.append(self._aligned(outputs, batch, targets, rows, divisor, task.loss))
+        if self._distilling:
+            terms.append(self._distilled(outputs, batch, targets, divisor))
+        return _added(terms)
+
+    def _aligned(
+        self,
+        outputs: Outputs,
+        batch: AnyBatch,
+        targets: Outputs | None,
+        rows: int | None,
+        divisor: torch.Tensor | float | None,
+        task: torch.Tensor | None,
+    ) -> Shares:
+        """This rank's share of the alignment loss, and of its parts."""
+        assert self.alignment is not None
+        assert targets is not None
+        return self.alignment(
             outputs,
             targets,
             step=self.global_step,
             total_steps=self.total_steps,
             global_rows=(len(batch) if rows is None else rows) * self.topology.data,
-            task_loss=task.loss,
-            group=group,
+            task_loss=task,
+            group=self.topology.data_group,
+            counted=None if divisor is None or not isinstance(batch, TokenBatch) else CountedRows(batch.mask, divisor),
         )
-        return task.loss + aligned.loss, task.parts | aligned.parts
 
-    def _totals(self, shares: Shares | None) -> dict[str, float]:
-        """Loss and parts of the global batch, on every rank."""
-        if self._aligning not in self._part_names:  # a step with and one without alignment have different parts
-            self._part_names[self._aligning] = self.topology.told_by_last(None if shares is None else [*shares[1]])
-        names, values = ["loss", *self._part_names[self._aligning]], None
+    def _distilled(
+        self, outputs: Outputs, batch: AnyBatch, targets: Outputs, divisor: torch.Tensor | float | None
+    ) -> Shares:
+        """This rank's share of the distillation loss, and of its parts."""
+        assert self.distillation is not None
+        assert isinstance(batch, TokenBatch)
+        head = None if self.teacher is None else self.teacher.head
+        assert head is not None, "the teacher was made without its head"
+        assert divisor is not None
+        counted = CountedRows(batch.mask, divisor)
+        return self.distillation(outputs, targets["hidden"], head, counted, self.global_step, self.total_steps)
+
+    def _totals(self, shares: Shares | None, kind: str = "step") -> dict[str, float]:
+        """Loss and parts of the global batch, on every rank. `kind`: what the parts are of; told once for each."""
+        key = (kind, self._aligning, self._distilling)  # steps with and without such terms have different parts
+        inner = self.topology.pipeline > 1 and bool(self._aligned_layers) and kind != "evaluation"
+        if key not in self._part_names:
+            own = None if shares is None else [*shares[1]]
+            told = self.topology.told_by_all(own) if inner else [self.topology.told_by_last(own)]
+            self._part_names[key] = [*dict.fromkeys(name for names in reversed(told) for name in names or [])]
+        names = ["loss", *self._part_names[key]]
+        values = None
         if shares is not None:
-            values = _stacked(shares)
-        return dict(zip(names, self.topology.total(values, len(names), self.runtime.device).tolist(), strict=True))
+            zero = torch.zeros((), device=self.runtime.device)
+            values = torch.stack(
+                [_number(shares[0]), *(_number(shares[1].get(name, zero)) for name in self._part_names[key])]
+            )
+        found = self.topology.total(values, len(names), self.runtime.device, inner)
+        return dict(zip(names, found.tolist(), strict=True))
 
     def _updated(self, totals: dict[str, float], batch: AnyBatch, refuse: bool = False) -> StepResult:
         """The optimizer's step with the gradients that are there, and what the whole step did."""
@@ -268,24 +324,38 @@ class TrainingEngine(ABC):
                 f"step {self.global_step}: loss or gradient was not finite {self._skipped_in_a_row} steps in a row "
                 "(weights untouched); lower optimizer.lr, set optimizer.clip_grad, or check the data"
             )
-        aligned = self._aligning
+        taught = self._taught
         self.global_step += 1
         loss = totals.pop("loss")
-        return StepResult(loss, totals, grad_norm, rate, skipped, len(batch) * self.topology.data, aligned)
+        return StepResult(loss, totals, grad_norm, rate, skipped, len(batch) * self.topology.data, taught)
 
     # -- features ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def alignment_at_start(self, batch: AnyBatch) -> dict[str, float]:
-        """The unweighted alignment loss of each tower on one batch, before any step (zero for an exact growth)."""
-        if self.teacher is None or self.alignment is None or isinstance(batch, TokenBatch):
-            return {}  # a language model's features are those of another width: no growth makes the term zero
+        """The unweighted alignment loss of each tower on one batch, before any step (zero for an exact growth, also of
+        a language model, whose projections then begin as the first part of its states). Collective."""
+        if self.teacher is None or self.alignment is None:
+            return {}
         batch = batch.to(self.runtime.device)
         targets = self._teacher_features(batch)
+        if isinstance(batch, TokenBatch):
+            return self._states_at_start(batch, targets) if self._aligning else {}
         texts = None if batch.texts is None else batch.texts.flatten(0, 1)
         outputs = self.eval_features(batch.images, texts)
         assert targets is not None
         return self.alignment.unweighted(outputs, targets, self.topology.data_group)
+
+    def _states_at_start(self, batch: AnyBatch, targets: Outputs | None) -> dict[str, float]:
+        assert isinstance(self.objective, RowObjective)
+        micro = batch.split(self.topology.pipeline if self.topology.virtual > 1 else 1)
+        divisor = self.objective.divisor(batch, self.topology.data_group)
+
+        def loss_of(index: int, outputs: Outputs) -> Shares:
+            return self._aligned(outputs, micro[index], _part(targets, index, len(micro)), len(batch), divisor, None)
+
+        totals = self._totals(_summed(self._forward_rows(micro, loss_of, self._aligned_layers)), "start")
+        return {name.removeprefix("align/"): value for name, value in totals.items() if name.startswith("align/")}
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -304,13 +374,30 @@ class TrainingEngine(ABC):
         return metadata
 
 
+def _part(targets: Outputs | None, index: int, count: int) -> Outputs | None:
+    """The rows of micro-batch `index` of `count`."""
+    return None if targets is None else {key: value.chunk(count)[index] for key, value in targets.items()}
+
+
+def _joined(parts: list[Outputs]) -> Outputs:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if parts[0][key].dim()}
+
+
+def _added(terms: Sequence[Shares]) -> Shares:
+    """The terms of one loss together."""
+    return torch.stack([loss for loss, _ in terms]).sum(), {k: part for _, parts in terms for k, part in parts.items()}
+
+
 def _summed(found: list[Shares]) -> Shares | None:
     """The shares of all micro-batches together; None where there are none."""
     if not found:
         return None
-    losses, parts = zip(*found)
-    return torch.stack(losses).sum(), {key: torch.stack([part[key] for part in parts]).sum() for key in parts[0]}
+    parts: dict[str, torch.Tensor] = {}
+    for _, own in found:
+        for key, part in own.items():
+            parts[key] = parts[key] + part if key in parts else part
+    return torch.stack([loss for loss, _ in found]).sum(), parts
 
 
-def _stacked(shares: Shares) -> torch.Tensor:
-    return torch.stack([value.detach().float().reshape(()) for value in (shares[0], *shares[1].values())])
+def _number(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().float().reshape(())

@@ -27,6 +27,11 @@ from compt_megatron.vocabulary import Head
 Outputs = dict[str, Any]
 
 
+def layer_key(layer: int) -> str:
+    """The output that holds the residual stream behind a layer, counted from 0 in the whole model."""
+    return f"layer_{layer}"
+
+
 class Positions(nn.Module):
     """Learned positions."""
 
@@ -123,10 +128,10 @@ class LanguageModel(TowerBase):
 
         On the last stage: `hidden` [b, n, width], after the final norm, and `head`, which makes logits of it
         (compt_megatron.vocabulary.Head). On others: `activations` for the next stage, [n, b, width], or this rank's
-        tokens of it under sequence parallelism. On every stage, for each i of `layers` that it has: `layer.i`
+        tokens of it under sequence parallelism. On every stage, for each i of `layers` that it has: `layer_<i>`
         [b, n, width], the residual stream behind layer i, counted from 0 in the whole model (before the final norm).
 
-        `hidden` and `layer.i` are whole and alike on all tensor-parallel ranks, and want gradients that are so too:
+        `hidden` and `layer_<i>` are whole and alike on all tensor-parallel ranks, and want gradients that are so too:
         where each rank has a part of what depends on them, sum their gradients over the ranks first.
 
         `use`: on the last stage called with the outputs, and its result is returned in their place. Under ZeRO 3 the
@@ -140,7 +145,7 @@ class LanguageModel(TowerBase):
         for index, layer in zip(self.layers, self.decoder.layers, strict=True):
             hidden = self._run(layer, hidden, rotation)
             if index in layers:
-                outputs[f"layer.{index}"] = self._output(hidden, tokens.shape[1])
+                outputs[layer_key(index)] = self._output(hidden, tokens.shape[1])
         if not self.post_process:
             return {"activations": hidden, **outputs}
         outputs["hidden"] = self._output(self.decoder.final_layernorm(hidden), tokens.shape[1])

@@ -17,6 +17,7 @@ from compt_megatron.recipe.sections import (
     Augmentation,
     CheckpointSettings,
     DataSettings,
+    DistillSettings,
     EvaluateSettings,
     GrowSettings,
     ObjectiveSettings,
@@ -72,6 +73,7 @@ _SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ),
     ("links.*.grow", GrowSettings, ""),
     ("links.*.align", AlignSettings, ""),
+    ("links.*.distill", DistillSettings, ""),
     ("controls", Control, "A list; may be left out."),
 ]
 

@@ -14,6 +14,7 @@ from compt_megatron.recipe.sections import (
     AlignSettings,
     CheckpointSettings,
     DataSettings,
+    DistillSettings,
     EvaluateSettings,
     GrowSettings,
     ObjectiveSettings,
@@ -75,6 +76,9 @@ class Link(Member):
         description="Grow from the previous link; a later link without `init` must say it, or `grow: null`.",
     )
     align: AlignSettings | None = Field(default=None, description="Align to the previous link; null: not aligned.")
+    distill: DistillSettings | None = Field(
+        default=None, description="Language models: distil the previous link's predictions; null: not distilled."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -215,7 +219,7 @@ class Recipe(Section):
         return self
 
     def _check_links(self) -> None:
-        for key in ("grow", "align"):
+        for key in ("grow", "align", "distill"):
             if getattr(self.links[0], key) is not None:
                 raise Misfit(("links", 0, key), "the first link has no predecessor; remove it")
         for index, link in enumerate(self.links[1:], 1):

@@ -11,12 +11,14 @@ STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=Fals
 
 Precision = Literal["fp32", "bf16"]
 AlignedTower = Literal["image", "text"]
+WeightSchedule = Literal["constant", "cosine", "linear"]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
+End = Annotated[float, Field(gt=0, le=1)]
 Pair = Annotated[list[PositiveNumber], Field(min_length=2, max_length=2)]
 
 
@@ -251,12 +253,6 @@ class ParallelSettings(Section):
         description="What the backward pass computes again: nothing, the core attention of each block, or each whole "
         "block (`true` is `full`, `false` is `none`).",
     )
-    layers: Literal["auto", "torch", "transformer_engine"] = Field(
-        default="auto",
-        description="Whose linear layers, norms and attention the blocks are made of: torch's, or NVIDIA Transformer "
-        "Engine's (CUDA only, not with zero 3). `auto`: Transformer Engine's where it is installed and agrees with "
-        "torch's on the device, otherwise torch's.",
-    )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         default="none",
         description="What `deepspeed` keeps outside the device: the optimizer's state (zero 1 to 3), or the weights "
@@ -287,8 +283,6 @@ class ParallelSettings(Section):
             )
         if self.sequence and self.tensor == 1:
             raise ValueError("'sequence' splits tokens over tensor-parallel ranks; use tensor: 2 or more, or remove it")
-        if self.layers == "transformer_engine" and self.zero == 3:
-            raise ValueError("layers 'transformer_engine' does not go with zero 3; use zero: 2 or layers: auto")
         return self._check_offload()
 
     def _check_offload(self) -> ParallelSettings:
@@ -370,17 +364,23 @@ class GrowSettings(Section):
     )
 
 
+def _numbered(value: Any) -> Any:
+    """Layer numbers as JSON and overrides have them, as text."""
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if isinstance(key, str) and key.isdecimal() else key: one for key, one in value.items()}
+
+
 class AlignSettings(Section):
     """How a link's features are aligned to those of the frozen previous link."""
 
     weight: Rate = Field(
         default=1.0,
-        description="Weight on the squared distance of unit feature vectors, summed over towers, at any width.",
+        description="Weight on the squared distance of unit feature vectors, summed over towers (of a language model: "
+        "over the states that are aligned), at any width.",
     )
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        default="constant", description="The weight over the link."
-    )
-    end: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    schedule: WeightSchedule = Field(default="constant", description="The weight over the link.")
+    end: End | None = Field(
         default=None, description="Share of the link's steps after which the weight is 0; null: the whole link."
     )
     distance: Literal["mse", "cosine", "smooth_l1"] = Field(
@@ -392,8 +392,36 @@ class AlignSettings(Section):
     towers: Annotated[list[AlignedTower], Field(min_length=1)] = Field(
         default_factory=lambda: list(get_args(AlignedTower)), description="The towers that are aligned."
     )
+    hidden: bool = Field(
+        default=True, description="Language models: align the final hidden states, behind the last norm."
+    )
+    layers: Annotated[dict[Natural, Natural], BeforeValidator(_numbered)] = Field(
+        default_factory=dict,
+        description="Language models: layers whose outputs are aligned, `{student's: teacher's}`, counted from 0.",
+    )
     tensor: Positive = Field(
         default=1,
         description="Ranks that split the teacher between them, for one that a rank cannot hold; must divide tensor x "
         "pipeline, the ranks of one copy of the student, which share out its rows.",
     )
+
+
+class DistillSettings(Section):
+    """How a language model's predictions are drawn to those of the frozen previous link: the divergence of the
+    teacher's distribution over the vocabulary from the student's, at each token."""
+
+    weight: Rate = Field(
+        default=1.0,
+        description="Weight on temperature² times KL(teacher || student), the mean over tokens in nats; the task loss "
+        "keeps weight 1.",
+    )
+    schedule: WeightSchedule = Field(default="constant", description="The weight over the link.")
+    end: End | None = Field(
+        default=None, description="Share of the link's steps after which the weight is 0; null: the whole link."
+    )
+    temperature: PositiveNumber = Field(default=1.0, description="What both models' logits are divided by.")
+    top_k: Positive | None = Field(
+        default=None,
+        description="Cut the teacher's distribution to its largest logits and scale it to sum to 1; null: all of it.",
+    )
+    tensor: Positive = Field(default=1, description="As `align.tensor`, with which it must agree where both are given.")

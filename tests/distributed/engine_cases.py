@@ -10,6 +10,7 @@ import torch
 from compt_megatron.data.batch import Batch
 from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.spec.families import spec_from_config
+from compt_megatron.spec.huggingface_names import head_key
 from compt_megatron.spec.random import initial
 from compt_megatron.spec.table import ModelSpec
 
@@ -20,6 +21,7 @@ CONFIG: dict[str, Any] = {
 }
 TEACHER = {**CONFIG, "embed_dim": 12}
 ROWS, CAPTIONS, STEPS, LR, DECAY, BETAS, EPS = 16, 2, 3, 1e-2, 0.1, (0.9, 0.98), 1e-6
+LAYERS = {0: 0, 2: 1, 3: 1}  # of a language model: student's -> teacher's
 Case = tuple[int, int]  # ZeRO stage, micro-batches
 
 
@@ -63,10 +65,12 @@ def engine_of(
 ) -> Any:
     """An engine in the layout `parallel`, a recipe's own section; it needs weights."""
     from compt_megatron.align.alignment import Alignment
+    from compt_megatron.align.distillation import Distillation
     from compt_megatron.align.projection import Projections
     from compt_megatron.align.teacher import Teacher
     from compt_megatron.engine.build import engine_class
     from compt_megatron.engine.topology import Topology
+    from compt_megatron.models.part import ModelPart
     from compt_megatron.objectives.registry import build_objective
     from compt_megatron.recipe.load import recipe_from
 
@@ -80,19 +84,25 @@ def engine_of(
     }
     settings = recipe_from(values).link_settings(0)
     spec = spec_from_config(config, "tiny")
-    teacher = alignment = projections = None
+    teacher = alignment = distillation = projections = None
     if aligned:
         teacher_spec = spec_from_config(teacher_config(config), "teacher")
         weights = start_weights(teacher_spec, 7)
-        teacher = Teacher.build(teacher_spec, weights.__getitem__, Topology.start(settings.parallel).model_group)
+        topology, entries = Topology.start(settings.parallel), None
         alignment = Alignment(weight=0.7)
-        projections = Projections.between(spec, teacher_spec, seed=0)
+        if spec.is_language_model:  # of a teacher that a whole copy's ranks split, if it can be
+            entries = ModelPart.current(spec).box(head_key(spec))[0] if topology.has_outputs else None
+            alignment = Alignment(weight=0.7, towers=("hidden",), layers=LAYERS)
+            distillation = Distillation(0.5, temperature=2.0, top_k=20, chunk=7)
+        split = topology.neighbours(settings.parallel.tensor) if spec.is_language_model else None
+        teacher = Teacher.build(teacher_spec, weights.__getitem__, topology.model_group, split, entries=entries)
+        projections = Projections.between(spec, teacher_spec, seed=0, states=alignment.towers or ())
     objective = build_objective(
         "causal_lm" if spec.is_language_model else "clip" if "text_cfg" in config else "classify"
     )
     return engine_class(settings.parallel)(
         spec, settings, objective, runtime, total_steps=100,
-        teacher=teacher, alignment=alignment, projections=projections, factors=factors,
+        teacher=teacher, alignment=alignment, distillation=distillation, projections=projections, factors=factors,
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def objective() -> CausalLmObjective:
 
 def inner_loss(outputs: dict[str, Any], width: int) -> torch.Tensor:
     """Of what a stage has of LAYERS; summed over stages and micro-batches it is that of the batch."""
-    squares = [value.square().sum() for name, value in outputs.items() if name.startswith("layer.")]
+    squares = [value.square().sum() for name, value in outputs.items() if name.startswith("layer_")]
     return sum(squares, torch.zeros(())) * ALIGN / (ROWS * TOKENS * width)
 
 

@@ -79,7 +79,7 @@ def _train_one(runtime: Any, start: Path, case: Case) -> Ran:
     losses, norms, first = [], [], []
     for step in range(case.steps):
         result = engine.step(whole_batch(step, case.config).split(place.data)[place.data_rank])
-        losses.append((result.loss, *result.parts.values()))
+        losses.append((result.loss, *(result.parts[name] for name in sorted(result.parts))))
         norms.append(result.grad_norm)
         if step == 0:
             first = pieces_of(engine)

@@ -74,7 +74,7 @@ def test_logits_and_hidden_states_are_those_of_transformers(name: str) -> None:
     assert logits.shape == expected.logits.shape
     assert (logits - expected.logits).abs().max() < 1e-4
     assert (logits - expected.logits).norm() < 1e-5 * expected.logits.norm()
-    found = [outputs[f"layer.{layer}"] for layer in range(layers - 1)] + [outputs["hidden"]]
+    found = [outputs[f"layer_{layer}"] for layer in range(layers - 1)] + [outputs["hidden"]]
     for mine, theirs in zip(found, expected.hidden_states[1:], strict=True):
         assert (mine - theirs).norm() < 1e-5 * theirs.norm()
 
@@ -99,7 +99,7 @@ def test_gradients(name: str, recompute: str) -> None:
     expected = reference(probe, output_hidden_states=True)
     (expected.logits.sin().sum() + expected.hidden_states[1].square().sum()).backward()
     outputs = model.train()(probe, layers=(0,))
-    (model.logits(outputs["hidden"]).sin().sum() + outputs["layer.0"].square().sum()).backward()
+    (model.logits(outputs["hidden"]).sin().sum() + outputs["layer_0"].square().sum()).backward()
     wanted = split_state(spec, {key: value.grad for key, value in named_parameters(reference, spec).items()})
     seen = set()
     for module_name, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ from compt_megatron.chain.member import link_members
 from compt_megatron.chain.planner import check_recipe, make_plan
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.load import load_recipe, recipe_from
-from compt_megatron.spec.cost import at_length, sample_macs
+from compt_megatron.spec.cost import at_length, head_macs, sample_macs
 from compt_megatron.spec.families import load_spec
 
 PAPER = {"compt-ViT-T-16-text256": 128, "compt-ViT-S-16": 24, "compt-ViT-B-16": 18, "compt-ViT-L-16": 15}
@@ -100,8 +100,14 @@ def test_language_models_are_counted_at_the_length_of_their_samples() -> None:
         assert link.own.memory.activations > 2 * less.own.memory.activations
         assert link.macs["extra"] == 0
         assert 3 < link.macs["train"] / less.macs["train"] < 8, "tokens, and attention on top"
-    teacher = sample_macs(at_length(load_spec("llama-stdlib-s"), 256))
-    assert plan.links[1].macs["teacher"] == teacher * plan.links[1].samples
+    own, teacher = (at_length(load_spec(f"llama-stdlib-{model}"), 256) for model in "ms")
+    states = sample_macs(teacher) - head_macs(teacher)
+    assert plan.links[1].macs["teacher"] == states * plan.links[1].samples
+    logits = sample_macs(teacher) + 3 * head_macs(own)
+    distilled = load_recipe("stdlib-lm", ["data.length=256", "data.samples=64000", "links.m.distill={end: 0.5}"])
+    assert make_plan(distilled).links[1].macs["teacher"] == logits * plan.links[1].samples
+    alone = load_recipe("stdlib-lm", ["data.samples=64000", "links.m.align=null", "links.m.distill={end: 0.5}"])
+    assert make_plan(alone).links[1].macs["teacher"] > 0
     assert plan.controls[0].macs["train"] == pytest.approx(plan.total_macs, rel=0.01)
 
 
