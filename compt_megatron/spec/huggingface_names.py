@@ -69,6 +69,11 @@ def embedding_key(spec: ModelSpec) -> str:
     return next(iter(spec.params))
 
 
+def head_key(spec: ModelSpec) -> str:
+    """The canonical name of a language model's head: the token embedding where they are tied."""
+    return embedding_key(spec) if spec.towers["text"].tied else HEAD
+
+
 def stored_keys(spec: ModelSpec, stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Key of transformers' language model -> key in the files, and the keys in the files that are none.
 
