@@ -18,7 +18,7 @@ PACKAGE = "transformer_engine"
 _hidden: str | None = None  # why it was hidden
 
 
-def import_beside(dependants: str, import_them: Callable[[], None]) -> None:
+def import_beside(dependants: str, import_them: Callable[[], object]) -> None:
     """Import Transformer Engine, if it is installed, and what makes use of it (modules whose names start with
     `dependants`); where either fails, import those without it."""
     if importlib.util.find_spec(PACKAGE) is None:
