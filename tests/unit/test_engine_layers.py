@@ -1,4 +1,4 @@
-"""Which layers a link's blocks are made of: Transformer Engine's where they are there and do what torch's do, else torch's.
+"""Which layers blocks are made of: Transformer Engine's where they are there and do what torch's do, else torch's.
 
 Transformer Engine needs CUDA: a stand-in on the CPU takes its place, behind megatron-core's own wrappers."""
 
