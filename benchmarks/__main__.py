@@ -24,6 +24,7 @@ BENCHMARKS = {
     "layouts": "losses and gradients of every layout of four processes against one process; an hour",
     "grow": "throughput and memory of grow and convert beside cp and two peers, a source of 4 GB; 10 min",
     "chain_vs_alone": "the demo's chain against its last model alone, three seeds; an hour",
+    "llm_chain": "chains of small language models against each model alone, three seeds; two hours",
 }
 
 
