@@ -1,4 +1,4 @@
-"""The source of a package `transformer_engine` on the CPU: the interface that megatron-core 0.16's wrappers use, with
+"""The source of a package `transformer_engine` on the CPU: the interface that megatron-core's wrappers use, with
 the arithmetic of one rank. `write` puts it into a folder. `ERROR` is a knob, by which its products are too large."""
 
 from __future__ import annotations
@@ -48,21 +48,23 @@ class Linear(_Base):
 
 
 class LayerNorm(_Base):
-    def __init__(self, hidden_size, eps, sequence_parallel, zero_centered_gamma, params_dtype, device):
+    def __init__(self, eps, sequence_parallel, zero_centered_gamma, params_dtype, device, hidden_size=None,
+                 normalized_shape=None):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=params_dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=params_dtype, device=device))
+        self.weight = nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(normalized_shape or hidden_size, dtype=params_dtype, device=device))
 
     def forward(self, x):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 class RMSNorm(_Base):
-    def __init__(self, hidden_size, eps, sequence_parallel, zero_centered_gamma, params_dtype, device):
+    def __init__(self, eps, sequence_parallel, zero_centered_gamma, params_dtype, device, hidden_size=None,
+                 normalized_shape=None):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=params_dtype, device=device))
+        self.weight = nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype, device=device))
 
     def forward(self, x):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
@@ -103,7 +105,8 @@ pytorch = _module("pytorch", Linear=Linear, LayerNorm=LayerNorm, RMSNorm=RMSNorm
 pytorch.distributed = _module("pytorch.distributed", CudaRNGStatesTracker=object, activation_recompute_forward=None)
 _module("pytorch.float8_tensor", Float8Tensor=type("Float8Tensor", (), {}))
 _module("pytorch.cpp_extensions", cast_to_fp8=None)
-_module("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=contextlib.nullcontext)
+_module("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=contextlib.nullcontext,
+        fp8_model_init=contextlib.nullcontext)
 '''
 
 
