@@ -164,9 +164,39 @@ def evaluate(args: Arguments) -> None:
     from compt_megatron.chain.views import print_evaluation
     from compt_megatron.recipe.sections import EvaluateSettings
 
-    settings = EvaluateSettings(templates=args.template or ["{}"], batch_size=args.batch_size)
-    results = evaluate_checkpoint(args.checkpoint, args.data, spec=_spec(args), settings=settings, length=args.length)
-    _show(args, results, print_evaluation)
+    _require_something_to_evaluate(args)
+    spec = _spec(args)
+    sets: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, float]] = {}
+    if args.tasks:
+        from compt_megatron.chain.task_evaluation import evaluate_tasks
+
+        with _terminable():
+            tasks = evaluate_tasks(
+                args.checkpoint,
+                args.tasks,
+                include=args.include_path,
+                limit=args.limit,
+                shots=args.shots,
+                batch_size=args.batch_size,
+                tokenizer=args.tokenizer,
+                spec=spec,
+            )
+    if args.data:
+        given = {"batch_size": args.batch_size} if args.batch_size else {}
+        settings = EvaluateSettings(templates=args.template or ["{}"], **given)
+        sets = evaluate_checkpoint(args.checkpoint, args.data, spec=spec, settings=settings, length=args.length)
+    _show(args, sets | tasks, lambda _: print_evaluation(sets, tasks))
+
+
+def _require_something_to_evaluate(args: Arguments) -> None:
+    if not args.data and not args.tasks:
+        raise UserError("compt eval: give --data, or --tasks for a language model; see `compt eval --help`")
+    for needed, names in (("data", ("template", "length")), ("tasks", ("include_path", "limit", "shots", "tokenizer"))):
+        for name in names:
+            if not getattr(args, needed) and getattr(args, name) is not None:
+                option = name.replace("_", "-")
+                raise UserError(f"compt eval: --{option} is for --{needed}, which is not given; leave it out")
 
 
 def export(args: Arguments) -> None:
@@ -366,11 +396,11 @@ def build_parser() -> Parser:
     command = commands.add(
         "eval",
         evaluate,
-        "zero-shot accuracy and retrieval, or perplexity",
+        "zero-shot accuracy and retrieval, perplexity, or lm-eval's tasks",
         "compt eval runs/demo/s/export --data emoji/held_out_artist",
     )
     command.checkpoint()
-    command.add_argument("--data", required=True, action="append", metavar="DATA", help="a data set; may be repeated")
+    command.add_argument("--data", action="append", metavar="DATA", help="a data set; may be repeated")
     command.add_argument(
         "--template",
         action="append",
@@ -378,10 +408,18 @@ def build_parser() -> Parser:
         metavar="TEXT",
         help="a prompt with {} for the class; may be repeated",
     )
-    help_text = "images or sequences at a time (default: 256)"
-    command.add_argument("--batch-size", type=count, default=256, metavar="N", help=help_text)
+    help_text = "images or sequences at a time (default: 256, with tasks 16)"
+    command.add_argument("--batch-size", type=count, metavar="N", help=help_text)
     help_text = "tokens of a window that perplexity is measured on (default: as many as the model has positions)"
     command.add_argument("--length", type=count, metavar="N", help=help_text)
+    help_text = "tasks, groups or tags of lm-eval, with commas between them"
+    command.add_argument("--tasks", type=_names, metavar="NAMES", help=help_text)
+    command.add_argument("--include-path", metavar="DIR", help="a folder with tasks of one's own, as lm-eval's YAML")
+    command.add_argument("--limit", type=count, metavar="N", help="documents of each task (default: all)")
+    help_text = "examples in a prompt (default: as each task says)"
+    command.add_argument("--shots", type=_whole, metavar="N", help=help_text)
+    help_text = "a tokenizer.json, or its folder (default: beside CKPT, or as its run records)"
+    command.add_argument("--tokenizer", metavar="PATH", help=help_text)
     command.json()
 
     command = commands.add(
@@ -445,6 +483,17 @@ def _share(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share of at least 0 and less than 1, such as 0.05")
     return value
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of names, such as arc_easy,hellaswag")
+    return names
+
+
+def _whole(text: str) -> int:
+    return 0 if text == "0" else count(text)
 
 
 def _noise(text: str) -> float:

@@ -34,7 +34,7 @@ _EXTRA_OF = {
     **dict.fromkeys(("megatron", "deepspeed", "open_clip", "torchvision", "timm", "webdataset", "matplotlib"), "train"),
     **dict.fromkeys(("tensorboard", "psutil", "PIL"), "train"),  # PIL comes with torchvision, and with `data`
     **dict.fromkeys(("emoji", "resvg_py"), "data"),
-    **dict.fromkeys(("tokenizers", "zstandard"), "llm"),
+    **dict.fromkeys(("tokenizers", "zstandard", "transformers"), "llm"),
 }
 
 

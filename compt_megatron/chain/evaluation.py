@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ import torch
 
 from compt_megatron.chain.member import Member
 from compt_megatron.chain.progress import Position
+from compt_megatron.chain.record import EvaluationRecord
 from compt_megatron.chain.text import open_text
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.data.evaluation import EvalSet
@@ -63,34 +62,34 @@ class Evaluator:
 
     def __init__(self, member: Member, run_dir: Path, runtime: Runtime, log: RunLog, console: Console) -> None:
         self._member, self._runtime, self._log, self._console = member, runtime, log, console
-        self._path = run_dir / member.name / "evaluation.jsonl"
+        self._record = EvaluationRecord(run_dir / member.name)
         self._cache_dir = run_dir / "cache"
         self._sets: dict[tuple[int, int], list[EvalSet]] = {}  # by rank and number of those that share the rows
+        self._texts: list[TextSource] = []
 
     def __call__(self, engine: TrainingEngine, position: Position) -> None:
         """Evaluate the model in training. Collective."""
         if self._member.spec.is_language_model:
-            self._record(self._perplexities(_losses_in_training(engine), Sharing.of(engine.topology)), position)
+            self._keep(self._perplexities(_losses_in_training(engine), Sharing.of(engine.topology)), position)
             return
         encode_text = (lambda texts: engine.eval_features(texts=texts)["text"]) if self._has_text else None
         sharing = Sharing.of(engine.topology)
         found = self._evaluate(lambda images: engine.eval_features(images=images)["image"], encode_text, sharing)
-        self._record(found, position)
+        self._keep(found, position)
 
     def checkpoint(self, path: Path, position: Position) -> None:
         """Evaluate a checkpoint of the member. Collective."""
         sharing = Sharing(self._runtime.rank, self._runtime.world, self._runtime.sum)
         if self._member.spec.is_language_model:
             losses = losses_of(language_model(path, self._runtime), self._member.settings.objective.chunk)
-            self._record(self._perplexities(losses, sharing), position)
+            self._keep(self._perplexities(losses, sharing), position)
             return
         encode_image, encode_text = encoders(path, self._runtime)
-        self._record(self._evaluate(encode_image, encode_text, sharing), position)
+        self._keep(self._evaluate(encode_image, encode_text, sharing), position)
 
     def latest(self) -> Metrics:
         """The newest record, empty where there is none. Collective: rank 0 alone knows when the file is written."""
-        rows = self._rows() if self._runtime.is_main else []
-        return self._runtime.exchange(rows[-1]["metrics"] if rows else {})[0]
+        return self._runtime.exchange(self._record.latest("metrics") if self._runtime.is_main else {})[0]
 
     @property
     def _has_text(self) -> bool:
@@ -107,32 +106,20 @@ class Evaluator:
 
     def _perplexities(self, losses: Losses, sharing: Sharing) -> Metrics:
         member, settings = self._member, self._member.settings
-        with self._runtime.main_first():
-            texts = [open_text(member.spec, name, settings.data.tokenizer) for name in settings.data.eval]
+        if not self._texts:
+            with self._runtime.main_first():
+                self._texts = [open_text(member.spec, name, settings.data.tokenizer) for name in settings.data.eval]
         parallel = settings.parallel
         multiple = parallel.pipeline if parallel.virtual > 1 else 1  # what an interleaved pipeline wants of rows
         rows = evaluation_rows(settings.evaluate, member.length, multiple)
-        return perplexities(texts, settings.data.eval, losses, member.length, rows, sharing, self._runtime)
+        return perplexities(self._texts, settings.data.eval, losses, member.length, rows, sharing, self._runtime)
 
-    def _record(self, metrics: Metrics, position: Position) -> None:
+    def _keep(self, metrics: Metrics, position: Position) -> None:
         if not metrics or not self._runtime.is_main:
             return
-        rows = [row for row in self._rows() if row["step"] < position.step]  # a resumed run evaluates again
-        rows.append({**asdict(position), "metrics": metrics})
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".jsonl.partial")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        beside.replace(self._path)
+        self._record.add(position, metrics=metrics)
         self._console.evaluate(self._member.name, position.step, metrics)
         self._log.evaluation(self._member.name, position.step, metrics)
-
-    def _rows(self) -> list[dict[str, Any]]:
-        if not self._path.is_file():
-            return []
-        try:
-            return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise UserError(f"{self._path}: damaged ({error}); remove it, or restore it from a copy") from error
 
 
 def _losses_in_training(engine: TrainingEngine) -> Losses:

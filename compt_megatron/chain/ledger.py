@@ -48,6 +48,8 @@ class Entry:
     skipped_steps: int = 0
     final_loss: float | None = None
     evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # lm-eval's
+    tokenizer: str | None = None  # the tokenizer.json of a language model's data, an absolute path
     export: str | None = None
 
 

@@ -19,19 +19,22 @@ from compt_megatron import __version__
 from compt_megatron.chain.claim import RunFolder
 from compt_megatron.chain.evaluation import Evaluator
 from compt_megatron.chain.export import export
+from compt_megatron.chain.harness import Harness, MemberTasks
 from compt_megatron.chain.initial import write_initial
 from compt_megatron.chain.ledger import Entry, Ledger
 from compt_megatron.chain.member import Member, control_members, link_members
 from compt_megatron.chain.planner import check_recipe
 from compt_megatron.chain.progress import Position, Progress
+from compt_megatron.chain.run_tokenizer import with_companions
 from compt_megatron.chain.stop_flag import StopFlag
-from compt_megatron.chain.text import open_text, open_training_text, tokenizer_files
+from compt_megatron.chain.text import open_text, open_training_text
 from compt_megatron.chain.train import Watch, train_member
 from compt_megatron.checkpoint.api import check
 from compt_megatron.checkpoint.commit import read_pointer
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.data.source import ShardSource
+from compt_megatron.data.text.source import TextSource
 from compt_megatron.engine.runtime import Runtime
 from compt_megatron.errors import UserError
 from compt_megatron.observe import numbers
@@ -40,7 +43,7 @@ from compt_megatron.observe.metrics import RunLog
 from compt_megatron.recipe.load import resolved
 from compt_megatron.recipe.schema import Recipe
 
-_PACKAGES = ("torch", "deepspeed", "megatron-core", "open_clip_torch", "numpy")
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "open_clip_torch", "numpy", "transformers", "lm_eval")
 
 
 def run(recipe: Recipe, run_dir: Path, link: str | None = None, resume: str = "auto") -> Ledger:
@@ -59,15 +62,17 @@ def run(recipe: Recipe, run_dir: Path, link: str | None = None, resume: str = "a
     if link is not None and link not in [member.name for member in members]:
         raise UserError(f"--link {link}: the recipe has no such link; it has {', '.join(m.name for m in members)}")
     stop = StopFlag()
+    harness = Harness(runtime, stop)
     with stop.listening():
         folder = RunFolder(run_dir) if runtime.is_main else None
         try:
-            return _Chain(recipe, run_dir, members, runtime, stop, resume, folder).run(link)
+            return _Chain(recipe, run_dir, members, runtime, stop, resume, folder, harness).run(link)
         except (UserError, OSError):
             if folder is not None:
                 folder.undo()
             raise
         finally:
+            harness.end()
             if folder is not None:
                 folder.release()
 
@@ -77,10 +82,10 @@ class _Chain:
 
     def __init__(
         self, recipe: Recipe, run_dir: Path, members: list[Member], runtime: Runtime, stop: StopFlag, resume: str,
-        folder: RunFolder | None,
+        folder: RunFolder | None, harness: Harness,
     ) -> None:  # fmt: skip
         self.recipe, self.run_dir, self.members = recipe, run_dir, members
-        self.runtime, self.stop = runtime, stop
+        self.runtime, self.stop, self.harness = runtime, stop, harness
         self.resume_from = None if resume in ("auto", "none") else Path(resume)
         if self.resume_from is not None and not self.resume_from.exists():
             raise UserError(f"--resume {resume}: no such checkpoint; name one, or use auto or none")
@@ -91,6 +96,7 @@ class _Chain:
                 self._check_inputs(known)
         self.ledger: Ledger = runtime.exchange(known)[0]
         self.console = Console(enabled=runtime.is_main, total_links=len(members))
+        harness.check([member for member in members if self.ledger.entry(member.name).state != "done"])
 
     def run(self, only: str | None) -> Ledger:
         with RunLog(self.run_dir, self.runtime.rank, self.recipe.report.tensorboard) as log:
@@ -142,7 +148,7 @@ class _Chain:
             data = member.settings.data
             if member.spec.is_language_model:
                 if member.train:
-                    open_training_text(member)
+                    _note_tokenizer(ledger.entry(member.name), open_training_text(member))
                 for name in data.eval:
                     open_text(member.spec, name, data.tokenizer)
                 continue
@@ -244,7 +250,8 @@ class _Chain:
 
     def _train(self, member: Member, entry: Entry, parent: Path | None, log: RunLog) -> None:
         evaluator = Evaluator(member, self.run_dir, self.runtime, log, self.console)
-        watch = Watch(log, self.console, self.recipe.checkpoint, self.recipe.report, evaluator, self.stop)
+        tasks = self._tasks(member, entry, log)
+        watch = Watch(log, self.console, self.recipe.checkpoint, self.recipe.report, evaluator, tasks, self.stop)
         entry.state = "training"
         self._save_ledger()
         if member.train:
@@ -261,26 +268,49 @@ class _Chain:
         self._save_ledger()
 
     def _finish(self, member: Member, entry: Entry, log: RunLog) -> None:
-        checkpoint = self.run_dir / (entry.checkpoint or "")
+        checkpoint, target = self.run_dir / (entry.checkpoint or ""), self.run_dir / member.name / "export"
         if member.settings.evaluate.at_end and not entry.evaluation and member.settings.data.eval:
             evaluator = Evaluator(member, self.run_dir, self.runtime, log, self.console)
-            macs = entry.chain_macs_before + entry.macs.get("total", 0.0)
-            evaluator.checkpoint(checkpoint, Position(entry.steps, 0.0, entry.samples, macs))
+            evaluator.checkpoint(checkpoint, _end(entry, checkpoint))
             entry.evaluation = evaluator.latest()
         with self.runtime.main_first():
             if self.runtime.is_main:
                 reader = open_reader(checkpoint)
                 entry.weight_hash = weight_hash(reader)
                 reader.close()
-                target = self.run_dir / member.name / "export"
-                data, spec = member.settings.data, member.spec
-                of_text = spec.is_language_model
-                files = tokenizer_files(open_text(spec, data.train, data.tokenizer)) if of_text else {}
+                data, files = member.settings.data, {}
+                if member.spec.is_language_model:
+                    source = open_text(member.spec, data.train, data.tokenizer)
+                    _note_tokenizer(entry, source)
+                    files = with_companions(source.tokenizer)
                 export(checkpoint, target, overwrite=True, attachments=files)
                 entry.export = str(target.relative_to(self.run_dir))
                 self.console.export(member.name, target)
+        tasks = self._tasks(member, entry, log)
+        if tasks.due(entry.steps, last=True):
+            tasks.run(_end(entry, checkpoint), export=target)
+        entry.tasks = tasks.latest()
         entry.state = "done"
         self._save_ledger()
+
+    def _tasks(self, member: Member, entry: Entry, log: RunLog) -> MemberTasks:
+        folder = self.run_dir / member.name
+        return MemberTasks(member, folder, self.harness, self.runtime, log, self.console, entry.tokenizer)
+
+
+def _note_tokenizer(entry: Entry, source: TextSource) -> None:
+    entry.tokenizer = None if source.tokenizer is None else str(source.tokenizer.resolve())
+
+
+def _end(entry: Entry, checkpoint: Path) -> Position:
+    """Where the training of a member ended."""
+    reader = open_reader(checkpoint)
+    try:
+        train = reader.metadata().get("train") or {}
+    finally:
+        reader.close()
+    macs = entry.chain_macs_before + entry.macs.get("total", 0.0)
+    return Position(entry.steps, train.get("epoch", 0.0), entry.samples, macs)
 
 
 def _record(entry: Entry, progress: Progress) -> None:

@@ -14,10 +14,12 @@ from compt_megatron.align.alignment import Alignment
 from compt_megatron.align.distillation import Distillation
 from compt_megatron.align.projection import Projections
 from compt_megatron.align.teacher import Teacher
+from compt_megatron.chain.harness import MemberTasks
 from compt_megatron.chain.ledger import Entry
 from compt_megatron.chain.link_checkpoints import recorded_state, remove_leftovers, save
 from compt_megatron.chain.member import Member
 from compt_megatron.chain.progress import Clock, Position, Progress, total_steps
+from compt_megatron.chain.record import EvaluationRecord
 from compt_megatron.chain.stop_flag import StopFlag
 from compt_megatron.chain.text import open_training_text, vocabulary
 from compt_megatron.checkpoint.commit import read_pointer
@@ -46,13 +48,14 @@ _ALIGN_NOISE = {"fp32": 1e-6, "bf16": 1e-2}
 
 @dataclass
 class Watch:
-    """What the loop reports to, and what it asks: the run's log, its console, an evaluation, a request to stop."""
+    """What the loop reports to, and what it asks: the run's log, its console, evaluations, a request to stop."""
 
     log: RunLog
     console: Console
     checkpoint: CheckpointSettings
     report: ReportSettings
     evaluate: Callable[[TrainingEngine, Position], None]
+    tasks: MemberTasks
     stop: StopFlag
 
 
@@ -158,6 +161,10 @@ def train_member(
         grown = member.grow is not None and member.grow.moments == "grow"
         lineage = engine.load(start_from, optimizer=newest is not None or grown).get("lineage", [])
         watch.log.rewind(member.name, engine.global_step)
+        if runtime.is_main:
+            EvaluationRecord(run_dir / member.name).rewind(engine.global_step)
+        if newest is not None and engine.global_step < progress.total_steps and watch.tasks.due(engine.global_step):
+            watch.tasks.run(progress.position(engine.global_step, entry), checkpoint=newest)
         watch.console.message(f"{member.name}: {_layout_line(member, topology)}; {engine.optimizer_name}")
         _loop(engine, loader, member, entry, progress, watch, folder, lineage, runtime)
     finally:
@@ -216,11 +223,14 @@ def _loop(
         else:
             watch.console.advance(step)
         throughput.pause()
-        if step % save_every == 0 or last:
+        tasks = not last and watch.tasks.due(step)
+        if step % save_every == 0 or last or tasks:
             save(engine, folder, progress, lineage, watch.checkpoint.keep, runtime)
             saved_at = step
         if evaluate_steps and step % evaluate_steps == 0 and not last:
             watch.evaluate(engine, progress.position(step, entry))
+        if tasks:
+            watch.tasks.run(progress.position(step, entry), checkpoint=read_pointer(folder))
         throughput.resume()
         clock.lap()
         cpu_clock.lap()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from compt_megatron.observe.numbers import decimal, human, percent
+from compt_megatron.observe.table import task_words
 
 _PLAIN_METRICS = ("perplexity", "bits_per_byte", "loss")  # the others that are no counts are fractions
 _PLAIN_WIDTH = 200  # off a terminal nobody's width is known: rows stay on one line
@@ -88,11 +89,15 @@ def print_verification(records: list[dict[str, Any]]) -> None:
             print(f"  {note if note.startswith('warning: ') else f'note: {note}'}")
 
 
-def print_evaluation(results: dict[str, dict[str, Any]]) -> None:
-    """Accuracies and recalls, or a language model's perplexity, one row a data set."""
-    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    rows = [(name, *(_metric(metric, metrics.get(metric)) for metric in names)) for name, metrics in results.items()]
-    print_table("", ("Data", *names), rows)
+def print_evaluation(sets: dict[str, dict[str, Any]], tasks: dict[str, dict[str, float]]) -> None:
+    """Accuracies and recalls, or a language model's perplexity, one row a data set; lm-eval's tasks below."""
+    if sets:
+        names = list(dict.fromkeys(name for metrics in sets.values() for name in metrics))
+        rows = [(name, *(_metric(metric, metrics.get(metric)) for metric in names)) for name, metrics in sets.items()]
+        print_table("", ("Data", *names), rows)
+    if tasks:
+        found = [(name, ", ".join(task_words(values))) for name, values in tasks.items()]
+        print_table("", ("Task", "Results"), found, text=(0, 1))
 
 
 def _metric(name: str, value: Any) -> str:

@@ -193,7 +193,7 @@ def _child(number: int) -> None:
     """A worker's whole life."""
     one_heap()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter hears it and ends us
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=die_with, args=(os.getppid(),), daemon=True).start()
     pipe = Connection(number)
     lock = threading.Lock()
 
@@ -223,7 +223,8 @@ def _child(number: int) -> None:
     os._exit(0)  # spares half a second of torch's clearing up
 
 
-def _die_with(starter: int) -> None:
+def die_with(starter: int) -> None:
+    """End this process when it is no longer a child of process `starter`; for a thread."""
     while os.getppid() == starter:
         time.sleep(_CHECK_S)
     os._exit(1)

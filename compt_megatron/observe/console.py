@@ -89,6 +89,11 @@ class Console:
             if leading_metric(values) is not None:
                 self.message(f"{link}: step {step:,} on {name}: {text}")
 
+    def tasks(self, link: str, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Results of lm-eval {task: {metric: value}} at `step`."""
+        for name, values in results.items():
+            self.message(f"{link}: step {step:,} on {name}: {', '.join(summary.task_words(values))}")
+
     def export(self, link: str, path: str | Path) -> None:
         """`link` was exported to `path`."""
         self.message(f"{link}: exported to {path}")

@@ -53,6 +53,7 @@ class Member:
     alone_ratio: float | None  # modelled: MACs of training it alone for the base's samples / MACs it took here
     certificate: dict[str, Any] | None
     evaluation: Evaluation = field(default_factory=dict)
+    tasks: Evaluation = field(default_factory=dict)  # of lm-eval, at the end
     curve: list[Point] = field(default_factory=list)
 
     @property
@@ -238,6 +239,7 @@ def _member(
         alone_ratio=None,
         certificate=certificate if isinstance(certificate, dict) else None,
         evaluation=_evaluation(raw.get("evaluation")),
+        tasks=_evaluation(raw.get("tasks")),
     )
     if run_dir is not None:
         member.curve = _curve(run_dir / name / EVALUATION_FILE, member, before)

@@ -33,6 +33,7 @@ def render(family: Family, verdict: Verdict, pictures: Sequence[Picture], recipe
         *(_figure(picture) for picture in pictures[:1]),
         _lineage(family),
         _table(family),
+        _tasks(family),
         *(_figure(picture) for picture in pictures[1:]),
         _measured(family),
         _reproduce(family, recipe, command),
@@ -109,6 +110,19 @@ def _table(family: Family) -> str:
     return (
         f'<section><h2>Table</h2><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{escape(notes)}.</p></section>'
+    )
+
+
+def _tasks(family: Family) -> str:
+    """What lm-eval found of each model at its end."""
+    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.task_rows(family))
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    if not body:
+        return ""
+    return (
+        "<section><h2>Tasks</h2><p>By EleutherAI's lm-eval, on the exported models; ± is one standard error over the "
+        f'documents.</p><div class="scroll"><table class="tasks"><thead><tr><th>Model</th><th>Task</th><th>Results</th>'
+        f"</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
 
 

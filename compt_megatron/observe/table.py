@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,29 @@ def as_csv(family: Family) -> str:
     return text.getvalue()
 
 
+def task_rows(family: Family) -> list[tuple[str, str, str]]:
+    """(model, task, results) of every task of lm-eval, models in the order of `rows`."""
+    return [
+        (member.name, task, ", ".join(task_words(values)))
+        for member in family.members
+        for task, values in member.tasks.items()
+    ]
+
+
+def task_words(values: Mapping[str, float]) -> list[str]:
+    """Each metric that lm-eval gives of a task, such as `acc 0.2512 ± 0.0031`, and of how many documents they are."""
+    words = []
+    for metric, value in values.items():
+        name, _, kind = metric.partition(",")
+        if metric in ("samples", "shots") or name.endswith("_stderr"):
+            continue
+        error = values.get(f"{name}_stderr" + (f",{kind}" if kind else ""))
+        words.append(f"{metric} {value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    if (samples := values.get("samples")) is not None:
+        words.append(f"{samples:,.0f} documents")
+    return words
+
+
 def _row(family: Family, member: Member) -> Row:
     last = bool(family.links) and (member is family.links[-1] or member.link == family.links[-1].name)
     values: dict[str, Any] = {
@@ -79,7 +103,7 @@ def _row(family: Family, member: Member) -> Row:
         "final_loss": member.final_loss,
         "align_at_step0": member.align_at_step0,
     }
-    for name, metrics in member.evaluation.items():
+    for name, metrics in (*member.evaluation.items(), *member.tasks.items()):
         values |= {f"{name}/{metric}": value for metric, value in metrics.items()}
     label = f"{member.name} (alone)" if member.control and "alone" not in member.name else member.name
     if not member.done:

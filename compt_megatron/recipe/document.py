@@ -20,6 +20,7 @@ from compt_megatron.recipe.sections import (
     DistillSettings,
     EvaluateSettings,
     GrowSettings,
+    HarnessSettings,
     ObjectiveSettings,
     OptimizerSettings,
     ParallelSettings,
@@ -64,6 +65,7 @@ _SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ("optimizer", OptimizerSettings, ""),
     ("parallel", ParallelSettings, ""),
     ("evaluate", EvaluateSettings, ""),
+    ("evaluate.harness", HarnessSettings, ""),
     ("checkpoint", CheckpointSettings, ""),
     ("report", ReportSettings, ""),
     (

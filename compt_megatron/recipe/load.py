@@ -85,7 +85,7 @@ def _anchored(recipe: Recipe, label: str, folder: Path | None) -> Recipe:
     """The recipe with absolute paths for what lies beside it; the model configs and `init` files must exist."""
     links = []
     for index, link in enumerate(recipe.links):
-        changes: dict[str, Any] = {"data": _anchored_data(link.data, folder)}
+        changes = _anchored_sections(link, folder)
         try:
             found = find_model_config(link.model, folder)
         except UserError as error:
@@ -97,11 +97,21 @@ def _anchored(recipe: Recipe, label: str, folder: Path | None) -> Recipe:
             if not Path(changes["init"]).exists():
                 raise UserError(f"{label}: links.{index}.init: {link.init}: no such file or folder")
         links.append(link.model_copy(update=changes))
-    controls = [
-        control.model_copy(update={"data": _anchored_data(control.data, folder)}) for control in recipe.controls
-    ]
+    controls = [control.model_copy(update=_anchored_sections(control, folder)) for control in recipe.controls]
     data = recipe.data.model_copy(update=_anchored_data(recipe.data.model_dump(include=_SOURCES), folder))
-    return recipe.model_copy(update={"links": links, "controls": controls, "data": data})
+    evaluate = recipe.evaluate
+    if evaluate.harness is not None and evaluate.harness.include is not None:
+        harness = evaluate.harness.model_copy(update={"include": _beside(evaluate.harness.include, folder)})
+        evaluate = evaluate.model_copy(update={"harness": harness})
+    return recipe.model_copy(update={"links": links, "controls": controls, "data": data, "evaluate": evaluate})
+
+
+def _anchored_sections(member: Member, folder: Path | None) -> dict[str, Any]:
+    """The sections of a link or control that name files."""
+    evaluate, harness = member.evaluate, member.evaluate.get("harness")
+    if isinstance(harness, dict) and isinstance(harness.get("include"), str):
+        evaluate = {**evaluate, "harness": {**harness, "include": _beside(harness["include"], folder)}}
+    return {"data": _anchored_data(member.data, folder), "evaluate": evaluate}
 
 
 def _is_packaged(found: Path, name: str) -> bool:

@@ -161,9 +161,9 @@ def _check_optimizer(optimizer: Any, parallel: Any, place: tuple[str | int, ...]
         raise Misfit(place, "optimizer.implementation 'apex' works on CUDA, parallel.offload on the CPU; use torch")
 
 
-def _check_data(data: Any, objective: Any, place: tuple[str | int, ...]) -> None:
-    """Whether the fields of `data` are of the kind that the objective trains on. Raises Misfit."""
-    if (problem := data.misfit(objective.name)) is not None:
+def _check_kind(section: Any, objective: Any, place: tuple[str | int, ...]) -> None:
+    """Whether the fields of `data` or `evaluate` are for what the objective trains on. Raises Misfit."""
+    if (problem := section.misfit(objective.name)) is not None:
         raise Misfit(place, problem)
 
 
@@ -215,7 +215,8 @@ class Recipe(Section):
                 own = [self.links[self.link_index(member.link)]] if isinstance(member, Control) else []
                 merged = {section: self._merged(section, [*own, member], (group, index)) for section in SECTIONS}
                 _check_optimizer(merged["optimizer"], merged["parallel"], (group, index))
-                _check_data(merged["data"], merged["objective"], (group, index))
+                for section in ("data", "evaluate"):
+                    _check_kind(merged[section], merged["objective"], (group, index))
         return self
 
     def _check_links(self) -> None:

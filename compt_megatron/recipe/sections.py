@@ -305,6 +305,22 @@ class ParallelSettings(Section):
         return self.model_copy(update={"zero": 0})
 
 
+class HarnessSettings(Section):
+    """Tasks of EleutherAI's lm-eval, which language models are measured by through their Hugging Face export (extra
+    `eval`)."""
+
+    tasks: Annotated[list[str], Field(min_length=1)] = Field(description="Names of tasks, groups or tags of lm-eval.")
+    include: str | None = Field(default=None, description="Folder with tasks of one's own, as lm-eval's YAML files.")
+    limit: Positive | None = Field(default=None, description="Documents of each task; null: all of them.")
+    shots: Natural | None = Field(default=None, description="Examples in a prompt; null: as each task says.")
+    batch_size: Positive = Field(default=16, description="Sequences that the model is given at once.")
+    every_steps: Positive | None = Field(
+        default=None,
+        description="Steps between evaluations in training, each with a checkpoint; null: only when the link is "
+        "trained (`at_end`).",
+    )
+
+
 class EvaluateSettings(Section):
     """Evaluation during and after a link."""
 
@@ -317,9 +333,20 @@ class EvaluateSettings(Section):
     )
     batch_size: Positive = Field(default=256, description="Images or texts of a rank's evaluation batch.")
     retrieval: bool = Field(default=True, description="Measure image-text retrieval recall too.")
+    harness: HarnessSettings | None = Field(
+        default=None, description="Tasks of lm-eval, for language models (`causal_lm`); null: none."
+    )
+
+    def misfit(self, objective: str) -> str | None:
+        """What of this section does not go with an objective, in words; None if all does."""
+        if self.harness is not None and objective != "causal_lm":
+            return f"evaluate.harness does not go with objective {objective!r}; remove it"
+        return None
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateSettings:
+        if self.harness is not None and self.harness.every_steps is None and not self.at_end:
+            raise ValueError("'harness' would never run; give it every_steps, or use at_end: true")
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"template {template!r} has no '{{}}' for the class name; add it")

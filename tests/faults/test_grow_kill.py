@@ -285,7 +285,7 @@ def test_workers_die_with_their_starter() -> None:
 
     def body() -> None:
         if os.fork() == 0:
-            workers._die_with(os.getppid() + 1)  # somebody else's child now
+            workers.die_with(os.getppid() + 1)  # somebody else's child now
         os._exit(0)
 
     assert in_child(body) == 0
