@@ -19,6 +19,7 @@ from compt_megatron.chain.ledger import Entry
 from compt_megatron.chain.link_checkpoints import recorded_state, remove_leftovers, save
 from compt_megatron.chain.member import Member
 from compt_megatron.chain.progress import Clock, Position, Progress, total_steps
+from compt_megatron.chain.rates import grown_factors
 from compt_megatron.chain.record import EvaluationRecord
 from compt_megatron.chain.stop_flag import StopFlag
 from compt_megatron.chain.text import open_training_text, vocabulary
@@ -155,7 +156,7 @@ def train_member(
         alignment=alignment,
         distillation=distillation,
         projections=projections,
-        factors=_factors(member, entry),
+        factors=grown_factors(member, entry.certificate),
     )
     try:
         grown = member.grow is not None and member.grow.moments == "grow"
@@ -165,20 +166,12 @@ def train_member(
             EvaluationRecord(run_dir / member.name).rewind(engine.global_step)
         if newest is not None and engine.global_step < progress.total_steps and watch.tasks.due(engine.global_step):
             watch.tasks.run(progress.position(engine.global_step, entry), checkpoint=newest)
-        watch.console.message(f"{member.name}: {_layout_line(member, topology)}; {engine.optimizer_name}")
+        watch.console.message(f"{member.name}: {_layout_line(member, topology)}; {engine.implementation}")
         _loop(engine, loader, member, entry, progress, watch, folder, lineage, runtime)
     finally:
         loader.close()
         engine.close()
     return progress
-
-
-def _factors(member: Member, entry: Entry) -> dict[str, tuple[float, float]]:
-    """Factors on learning rate and weight decay, by tensor, if the recipe wants those of the link's growth."""
-    if member.grow is None or member.grow.rates == "alike":
-        return {}
-    rates = (entry.certificate or {}).get("rates") or {}
-    return {name: (rate, decay) for name, (rate, decay) in rates.items()}
 
 
 def _loop(

@@ -253,6 +253,12 @@ class ParallelSettings(Section):
         description="What the backward pass computes again: nothing, the core attention of each block, or each whole "
         "block (`true` is `full`, `false` is `none`).",
     )
+    layers: Literal["auto", "torch", "transformer_engine"] = Field(
+        default="auto",
+        description="Whose linear layers, norms and attention the blocks are made of: torch's, or NVIDIA Transformer "
+        "Engine's (CUDA only, not with zero 3). `auto`: Transformer Engine's where it is installed and agrees with "
+        "torch's on the device, otherwise torch's.",
+    )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         default="none",
         description="What `deepspeed` keeps outside the device: the optimizer's state (zero 1 to 3), or the weights "
@@ -283,6 +289,8 @@ class ParallelSettings(Section):
             )
         if self.sequence and self.tensor == 1:
             raise ValueError("'sequence' splits tokens over tensor-parallel ranks; use tensor: 2 or more, or remove it")
+        if self.layers == "transformer_engine" and self.zero == 3:
+            raise ValueError("layers 'transformer_engine' does not go with zero 3; use zero: 2 or layers: auto")
         return self._check_offload()
 
     def _check_offload(self) -> ParallelSettings:
@@ -388,6 +396,14 @@ class GrowSettings(Section):
         default="alike",
         description="Learning rate and weight decay of tensors whose values growth multiplied: those of all others, or "
         "by the certificate's factors, under which their steps are the previous model's.",
+    )
+    new_rate: PositiveNumber = Field(
+        default=1.0,
+        description="Factor on the learning rate of the layers that growth added: of those made from one layer, all but "
+        "the first.",
+    )
+    old_rate: PositiveNumber = Field(
+        default=1.0, description="Factor on the learning rate of everything else: what the previous model had too."
     )
 
 

@@ -70,8 +70,13 @@ def test_every_link_is_grown_trained_and_evaluated(recipe: Path, reference: Path
         assert entries[link]["certificate"]["operator"] == "exact"
         assert max(entries[link]["certificate"]["parity"].values()) < 1e-5
         assert first[link]["loss/align/hidden"] < 1e-9, "grown exactly: aligned from the start"
-    teacher = entries["m"]["macs"]["train"] / tiny_text.STEPS["m"] / 3 * 2
-    assert entries["l"]["macs"]["teacher"] == pytest.approx(teacher), "two steps of it"
+    assert first["m"]["loss/align/layer_0"] < 1e-9
+    assert first["l"]["loss/distill/kl"] < 1e-6, "and predicts alike"
+    forward = entries["m"]["macs"]["train"] / tiny_text.STEPS["m"] / 3
+    logits = 8 * tiny_text.LENGTH * tiny_text.VOCABULARY
+    assert entries["l"]["macs"]["teacher"] == pytest.approx(2 * (forward + 3 * logits * 32)), "two steps"
+    forward = entries["s"]["macs"]["train"] / tiny_text.STEPS["s"] / 3
+    assert entries["m"]["macs"]["teacher"] == pytest.approx(tiny_text.STEPS["m"] * (forward - logits * 16))
 
 
 def test_exports_give_the_same_logits_and_perplexity_in_transformers(recipe: Path, reference: Path) -> None:

@@ -48,8 +48,14 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
         "report": {"every_steps": 1, "tensorboard": False},
         "links": [
             {"model": "s.json", "steps": STEPS["s"], "evaluate": {"every_epochs": 0.01}},
-            {"model": "m.json", "steps": STEPS["m"], "grow": grow, "align": {"weight": 1.0}},
-            {"model": "l.json", "steps": STEPS["l"], "grow": grow, "align": {"weight": 0.5, "end": 0.5}},
+            {"model": "m.json", "steps": STEPS["m"], "grow": {**grow, "new_rate": 2.0}, "align": {"layers": {0: 0}}},
+            {
+                "model": "l.json",
+                "steps": STEPS["l"],
+                "grow": grow,
+                "align": {"weight": 0.5, "end": 0.5},
+                "distill": {"temperature": 2.0, "end": 0.5},
+            },
         ],
         "controls": [{"link": "l", "steps": STEPS["l-alone"]}],
         **changes,
