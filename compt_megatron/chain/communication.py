@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
 from compt_megatron.recipe.sections import ParallelSettings
@@ -43,6 +44,7 @@ def traffic(workload: Workload, layout: ParallelSettings, world: int) -> list[Tr
         *_pipeline(workload, layout, world),
         *_parameters(workload, layout, world),
         *_features(workload, layout, world),
+        *_head(workload, layout, world),
         *_teacher(workload, layout, world),
     ]
     return [part for part in parts if part.bytes > 0]
@@ -58,10 +60,10 @@ def ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def stream_bytes(workload: Workload, layout: ParallelSettings, world: int, tower: str) -> float:
-    """A: the residual stream of one micro-batch, padded to whole tokens a rank under sequence parallelism."""
+def stream_bytes(workload: Workload, layout: ParallelSettings, world: int, tower: str, *, padded: bool = True) -> float:
+    """A: the residual stream of one micro-batch, under sequence parallelism `padded` to whole tokens a rank."""
     shape = workload.spec.towers[tower]
-    tokens = -(-shape.tokens // layout.tensor) * layout.tensor if layout.sequence else shape.tokens
+    tokens = -(-shape.tokens // layout.tensor) * layout.tensor if layout.sequence and padded else shape.tokens
     rows = workload.sequences(shape, micro_batch_rows(workload, layout, world))
     return tokens * rows * shape.width * workload.element
 
@@ -75,7 +77,10 @@ def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterato
     the first in the backward pass. The vocabulary-parallel embedding all-reduces its output in every forward pass. Each
     norm and each bias behind a row-parallel product all-reduces its gradient after every micro-batch under sequence
     parallelism.
+
+    Of a language model the last stage of a pipeline sends most, whose head sends more than the embedding (see `_head`).
     """
+    language = workload.spec.is_language_model
     size, m = layout.tensor, layout.micro_batches
     if size == 1:
         return
@@ -90,8 +95,9 @@ def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterato
             sent, calls = sent + again * ring(size) * whole, calls + again
         yield Traffic(f"{name} blocks", "tensor", sent, calls, size, 1)
         ends = m * (1 + is_cached(workload, layout))
-        if name == "text":
-            yield Traffic("text embedding", "tensor", ends * 2 * ring(size) * whole, ends, size, 1)
+        if name == "text" and not (language and layout.pipeline > 1):
+            plain = stream_bytes(workload, layout, world, name, padded=False)
+            yield Traffic("text embedding", "tensor", ends * 2 * ring(size) * plain, ends, size, 1)
         if layout.sequence:
             if layout.pipeline == 1:
                 ends += m
@@ -99,23 +105,36 @@ def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterato
                 ends = m  # of the two ends, the first stage's, which has the embedding too
             yield Traffic(f"{name} ends", "tensor", ends * ring(size) * whole, ends, size, 1)
     if layout.sequence:
-        sent = m * 2 * ring(size) * workload.counts.whole_on_rank(layout) * workload.element
-        calls = m * sum(param.layer is not None and param.tensor_dim is None for param in workload.spec.params.values())
-        yield Traffic("gradients of norms", "tensor", sent, calls / layout.pipeline, size, 1)
+        whole = [param for param in workload.spec.params.values() if param.tower and param.tensor_dim is None]
+        calls = sum(param.stage == "layer" for param in whole) / layout.pipeline
+        elements = workload.counts.whole_on_rank(layout)
+        if language:  # the final norm sees a rank's own tokens
+            behind = [param.numel for param in whole if param.stage == "post"]
+            calls, elements = calls + len(behind), elements + sum(behind)
+        sent = m * 2 * ring(size) * elements * workload.element
+        yield Traffic("gradients of norms", "tensor", sent, m * calls, size, 1)
 
 
 def _pipeline(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
     """Pipeline: each chunk of layers sends A onward in every forward pass and its gradient back: v m times each. Of two
     stages none is in the middle: the first has a chunk whose gradient ends with it. Under sequence parallelism a rank
-    sends its tokens only, A/t."""
+    sends its tokens only, A/t.
+
+    Of a language model's tied head the first and the last stage all-reduce the gradient, in fp32, once a step; counted
+    where they then send more than a stage in the middle.
+    """
     if layout.pipeline == 1:
         return
+    tied = 2 * ring(2) * workload.counts.vocabulary_on_rank(layout) * _FP32 if workload.counts.tied else 0.0
     for name in workload.spec.towers:
         whole = stream_bytes(workload, layout, world, name) / (layout.tensor if layout.sequence else 1)
         calls = layout.virtual * layout.micro_batches * (1 + is_cached(workload, layout) + 1)
-        calls -= layout.micro_batches if layout.pipeline == 2 else 0
+        at_the_end = layout.pipeline == 2 or tied > layout.micro_batches * whole
+        calls -= layout.micro_batches if at_the_end else 0
         stride = layout.tensor * data_ranks(layout, world)  # pipeline stages are the outermost ranks
         yield Traffic(f"{name} stages", "pipeline", calls * whole, calls, layout.pipeline, stride)
+        if at_the_end:
+            yield Traffic("tied head", "pipeline", tied, 1, 2, stride * (layout.pipeline - 1))
 
 
 def _parameters(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
@@ -168,6 +187,19 @@ def _features(workload: Workload, layout: ParallelSettings, world: int) -> Itera
     yield Traffic("features", "data", 2 * ring(ranks) * whole, 4 * slots, ranks, layout.tensor)
 
 
+def _head(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
+    """A language model's head. Tensor-parallel ranks, which have a part of the vocabulary each, all-reduce the gradient
+    of the states of every micro-batch, and for each chunk of tokens the largest logit, and the sum of exponentials with
+    the target's logit, in fp32."""
+    if not workload.spec.is_language_model or layout.tensor == 1:
+        return
+    tower = workload.spec.towers["text"]
+    tokens = micro_batch_rows(workload, layout, world) * tower.tokens
+    sent = tokens * (tower.width * workload.element + 3 * _FP32)
+    calls = layout.micro_batches * (1 + 2 * ceil(tokens / workload.chunk))
+    yield Traffic("head", "tensor", layout.micro_batches * 2 * ring(layout.tensor) * sent, calls, layout.tensor, 1)
+
+
 def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> Iterator[Traffic]:
     """The ranks of a model-parallel group run the teacher on their share of the rows and all-gather its features."""
     ranks = layout.tensor * layout.pipeline
@@ -177,7 +209,8 @@ def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> Iterat
     towers = len(workload.teacher.towers.keys() & workload.spec.towers.keys())
     features, width = 1 + workload.captions if towers == 2 else 1, workload.teacher.joint
     if workload.teacher.is_language_model:  # its states of every token
-        features, width = workload.teacher.towers["text"].tokens, workload.teacher.towers["text"].width
+        features = workload.teacher.towers["text"].tokens * workload.states
+        width = workload.teacher.towers["text"].width
     sent = ring(ranks) * rows * features * width * workload.element * workload.teacher_share
     stride = data_ranks(layout, world) if layout.pipeline > 1 else 1
     yield Traffic("teacher's features", "model", sent, towers * layout.micro_batches, ranks, stride)

@@ -91,11 +91,21 @@ def _teacher(workload: Workload, layout: ParallelSettings, world: int) -> float:
     split = workload.teacher_ranks
     rows = micro_batch_rows(workload, layout, world) / (layout.tensor * layout.pipeline) * split
     block = max(
-        workload.sequences(tower, rows) * tower.tokens * (2 * tower.width + 2 * tower.mlp / split)
+        workload.sequences(tower, rows) * tower.tokens * (2 * tower.width + _units(tower) * tower.mlp / split)
         for tower in workload.teacher.towers.values()
     )
     own = workload.teacher_counts.on_rank(ParallelSettings(tensor=split), 0)
-    return (own + block) * workload.element
+    states = 0.0  # a language model's are kept over all micro-batches of a step
+    if workload.teacher.is_language_model:
+        tower = workload.teacher.towers["text"]
+        states = workload.batch / data_ranks(layout, world) * tower.tokens * tower.width * workload.states
+    return (own + block + states) * workload.element
+
+
+def _units(tower: Tower) -> int:
+    """How many tensors as wide as the MLP one block has: input and output of the activation; of a gated one the gate,
+    its activation, the other half twice (megatron-core adds 0 to it), and their product."""
+    return 5 if tower.gated else 2
 
 
 # -- activations -----------------------------------------------------------------------------------------------------
@@ -106,7 +116,8 @@ def _activations(workload: Workload, layout: ParallelSettings, world: int, stage
     the loss with its gradient (half as much again), which the last stage has.
 
     In a pipeline the towers come one after another, so that only one of them has activations at a time. With cached
-    gradients the loss is done before any activation is kept.
+    gradients the loss is done before any activation is kept; a language model's is done, on top of them, before the
+    backward pass of a block begins.
     """
     rows = micro_batch_rows(workload, layout, world)
     kept, working = [], []
@@ -116,6 +127,8 @@ def _activations(workload: Workload, layout: ParallelSettings, world: int, stage
         gradients = 2 * tower.mlp / layout.tensor + 2 * tower.width
         kept.append(sequences * _tower_kept(workload, tower, layout, stage))
         working.append(sequences * (inner + tower.tokens * gradients * workload.element))
+    if workload.spec.is_language_model:
+        return kept[0] + max(working[0], _token_loss(workload, layout, rows) if stage == layout.pipeline - 1 else 0.0)
     towers = max(map(sum, zip(kept, working))) if layout.pipeline > 1 else sum(kept) + max(working)
     loss = 1.5 * loss_kept(workload, layout, world) if stage == layout.pipeline - 1 else 0.0
     return max(towers, loss) if is_cached(workload, layout) else towers + loss
@@ -143,15 +156,19 @@ def block_kept(tower: Tower, layout: ParallelSettings, element: int) -> tuple[fl
     """Bytes that one block keeps of one sequence until its backward pass, and bytes that only live during it.
 
     Kept of each token are the block's input and the outputs of both norms and of the attention's residual sum (4
-    widths), q, k and v, the attention's output, the MLP's hidden units before and after the activation; each norm's
-    two statistics, and the fused attention's log-sum-exp of each head in fp32, the only thing that `selective` saves.
+    widths), q, k and v (q and k also rotated), the attention's output, the MLP's hidden units before and after the
+    activation (of a gated one five such widths, see `_units`); the statistics of each norm (LayerNorm's are two in the
+    activations' type, RMSNorm's one in fp32, as CUDA's operator has it), and the fused attention's log-sum-exp of each
+    head in fp32, the only thing that `selective` saves. Left out are the rotary angles, which all rows share.
     (Korthikanti et al. 2022, arXiv 2205.05198, equations 1 to 5, without dropout masks and attention scores.) With
     `full` recomputation only the input is kept, and the rest comes back for one block at a time.
     """
     tokens = -(-tower.tokens // layout.tensor) if layout.sequence else tower.tokens
     stream = tokens * tower.width * element
-    inside = (2 * tower.heads + 2 * tower.groups) * tower.head_dim + (3 if tower.gated else 2) * tower.mlp
-    whole = 4 * stream + tower.tokens * inside * element / layout.tensor + tokens * 4 * element
+    rotated = 0 if tower.rope is None else tower.heads + tower.groups
+    inside = (2 * tower.heads + 2 * tower.groups + rotated) * tower.head_dim + _units(tower) * tower.mlp
+    statistics = 2 * 4 if tower.norm == "rms" else 4 * element
+    whole = 4 * stream + tower.tokens * inside * element / layout.tensor + tokens * statistics
     whole += 2 * stream if tower.layer_scale else 0
     scores = 4 * tower.tokens * tower.heads / layout.tensor
     if layout.recompute == "full":
@@ -181,21 +198,33 @@ def _ends(spec: ModelSpec, tower: Tower, layout: ParallelSettings, element: int,
         kept += tower.tokens * 8  # the tokens, int64
     if stage == layout.pipeline - 1 and tower.pool in ("tok", "first", "last"):
         kept += stream  # the pooled token is a view of all
+    if stage == layout.pipeline - 1 and tower.pool == "none":  # what the final norm normalises
+        kept += stream / (layout.tensor if layout.sequence else 1)
     return kept
 
 
 def loss_kept(workload: Workload, layout: ParallelSettings, world: int) -> float:
     """The contrastive loss: normalised features of the whole batch in fp32, and for each caption and direction the
     scores of this rank's rows against them and their log-softmax. A language model's: the gradients of the states and
-    (in fp32) of the head, which are made in the forward pass, and of a chunk of tokens the logits in fp32 and their
-    softmax."""
+    (in fp32) of the head, which are made in the forward pass."""
     spec, rows = workload.spec, workload.batch / data_ranks(layout, world)
     if spec.is_language_model:
-        tower, vocabulary = spec.towers["text"], next(iter(spec.params.values())).shape[0] / layout.tensor
+        tower = spec.towers["text"]
         tokens = micro_batch_rows(workload, layout, world) * tower.tokens
-        states = tokens * tower.width * workload.element
-        return states + vocabulary * tower.width * 4 + min(workload.chunk, tokens) * vocabulary * 2 * 4
+        return tokens * tower.width * workload.element + workload.counts.vocabulary_on_rank(layout) * 4
     features = workload.batch * spec.joint * (1 + workload.captions) * 4
     if "text" not in spec.towers:
         return features
     return features + 2 * 2 * workload.captions * rows * workload.batch * 4
+
+
+def _token_loss(workload: Workload, layout: ParallelSettings, rows: float) -> float:
+    """Bytes of the loss of a micro-batch of a language model at its most: the gradients of states and head, and the
+    larger of what comes beside them, one after the other: of a chunk of tokens the logits, their softmax and the next
+    logits, 12 bytes an entry; of the head's gradient the scaled copies in fp32 and in the weights' type. With a teacher
+    the states and their projection in fp32, and the gradients of both."""
+    tower, element = workload.spec.towers["text"], workload.element
+    tokens, matrix = rows * tower.tokens, workload.counts.vocabulary_on_rank(layout)
+    beside = max(min(workload.chunk, tokens) * matrix / tower.width * 12, matrix * (4 + element))
+    aligned = 0 if workload.teacher is None else 2 * 4 * (tower.width + workload.teacher.towers["text"].width)
+    return tokens * (tower.width * element + aligned) + matrix * 4 + beside

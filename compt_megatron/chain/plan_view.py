@@ -11,16 +11,16 @@ from compt_megatron.observe.numbers import human, percent
 
 def print_plan(plan: Plan) -> None:
     """The costs of a plan, its sums against training each member alone, the layouts, and its notes."""
-    relative = plan.samples_per_epoch is None
-    unit = "MACs per sample" if relative else "MACs"
-    headings = ("Link", "Model", "Parameters", "Epochs", "Steps", f"{unit}, train", "teacher", "total", "of alone")
+    unit = "MACs per sample" if plan.relative else "MACs"
+    length = "Epochs" if plan.links[0].tokens is None else "Tokens"
+    headings = ("Link", "Model", "Parameters", length, "Steps", f"{unit}, train", "teacher", "total", "of alone")
     members = (*plan.links, *plan.controls)
     ranks = f"{plan.world} rank{'s' if plan.world > 1 else ''}"
     print_table(f"{plan.name} on {ranks}", headings, [_cost_row(member) for member in members], text=(0, 1))
     print()
     print_fields(_sums(plan, unit))
     print()
-    columns = ("Link", "Batch", "Layout", "Memory a rank*", "Step", "MFU")
+    columns = ("Link", "Batch", "Layout", "Memory a rank*", "Step", "MFU", "GPU-hours*")
     rows = [row for member in members for row in _layout_rows(member)]
     print_table(f"Layouts on {ranks}, and the cheapest that fits", columns, rows, text=(0, 2))
     if plan.links[0].scaling:
@@ -41,13 +41,19 @@ def _cost_row(member: MemberPlan) -> tuple[str, ...]:
         _name(member),
         member.model,
         human(member.parameters),
-        "-" if member.epochs is None else f"{member.epochs:g}",
+        _length(member),
         human(member.steps),
         human(member.macs["train"]),
         human(member.macs["teacher"]),
         human(member.macs["total"]),
         percent(member.share),
     )
+
+
+def _length(member: MemberPlan) -> str:
+    if member.tokens is not None:
+        return human(member.tokens)
+    return "-" if member.epochs is None else f"{member.epochs:g}"
 
 
 def _sums(plan: Plan, unit: str) -> list[tuple[str, str]]:
@@ -58,6 +64,9 @@ def _sums(plan: Plan, unit: str) -> list[tuple[str, str]]:
         fields.append(("family", f"{plan.speed_up:.2f} times cheaper as a chain"))
         last = f"{percent(plan.last_share)} of training {plan.links[-1].name} alone"
         fields.append(("whole chain", last))
+    if plan.hours is not None:
+        alone = "" if plan.alone_hours is None else f"; each alone {human(plan.alone_hours)}"
+        fields.append(("GPU-hours*", f"{human(plan.hours)} in the layouts of the recipe{alone}"))
     if extra:
         fields.append(("done again", f"{human(extra)} {unit}, forwards that save memory, not counted above"))
     return fields
@@ -65,12 +74,14 @@ def _sums(plan: Plan, unit: str) -> list[tuple[str, str]]:
 
 def _layout_rows(member: MemberPlan) -> list[tuple[str, ...]]:
     """The recipe's layout of a member, and the cheapest where that is another one."""
-    rows = [(_name(member), f"{member.precision} {member.own.batch}", *_layout_cells(member.own))]
+    hours = "-" if member.hours is None else human(member.hours)
+    rows = [(_name(member), f"{member.precision} {member.own.batch}", *_layout_cells(member.own), hours)]
     best = member.cheapest
     if best is None:
-        rows.append(("", "", "nothing fits", "-", "-", "-"))
+        rows.append(("", "", "nothing fits", "-", "-", "-", "-"))
     elif best.layout != member.own.layout:
-        rows.append(("", "", *_layout_cells(best)))
+        ratio = best.time.total / member.own.time.total
+        rows.append(("", "", *_layout_cells(best), "-" if member.hours is None else human(member.hours * ratio)))
     return rows
 
 

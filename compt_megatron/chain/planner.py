@@ -7,7 +7,8 @@ recomputation) are reported apart.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from math import lcm
 from typing import Any
 
@@ -33,8 +34,9 @@ _MOST_RANKS = 1_000_000
 @dataclass(frozen=True)
 class MemberPlan:
     """One training of the plan. `macs` are multiply-accumulates of the whole training: `train`, `teacher`, their sum
-    `total`, and `extra` for forwards that are done again to save memory (not in the total). Where the size of the data
-    is unknown, `samples` and `macs` are those of an epoch of one sample, and `steps` is None.
+    `total`, and `extra` for forwards that are done again to save memory (not in the total). Where the plan is relative,
+    `samples` and `macs` are those of an epoch of one sample, and `steps` is None. `tokens`: of a language model, those
+    that it is trained on.
 
     `own` is the recipe's layout, with the memory and the time of a step on the ranks of the plan and what each rank
     sends; `cheapest` the layout that `layouts.proposals` puts first for those ranks, None where none fits; `scaling`
@@ -49,8 +51,10 @@ class MemberPlan:
     epochs: float | None
     steps: int | None
     samples: float
+    tokens: float | None
     macs: dict[str, float]
     alone_macs: float | None  # the same model trained alone for as many samples as the base
+    alone_hours: float | None  # the same in GPU-hours, in the recipe's own layout
     precision: str
     own: Proposal
     traffic: list[Traffic]
@@ -62,9 +66,17 @@ class MemberPlan:
         """This training's compute as a share of training the model alone."""
         return self.macs["total"] / self.alone_macs if self.alone_macs else None
 
+    @property
+    def hours(self) -> float | None:
+        """GPU-hours in the recipe's own layout, predicted; None where the plan is relative."""
+        return None if self.steps is None else self.steps * self.own.time.total * self.own.ranks / 3600
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `layout`, `memory` and `time` are those of the recipe's own layout."""
-        plain = ("name", "model", "kind", "parent", "parameters", "epochs", "steps", "samples", "macs", "alone_macs")
+        plain = (
+            "name", "model", "kind", "parent", "parameters", "epochs", "steps", "samples", "tokens", "macs",
+            "alone_macs", "hours", "alone_hours",
+        )  # fmt: skip
         own = self.own.to_dict()
         own["layout"] |= {"precision": self.precision, "batch_size": self.own.batch}
         return {
@@ -81,7 +93,8 @@ class MemberPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a recipe on `world` ranks of `hardware`. All costs are relative where `samples_per_epoch` is None."""
+    """The plan of a recipe on `world` ranks of `hardware`. Costs are `relative` where some member is given in epochs
+    and the samples of an epoch are unknown."""
 
     name: str
     world: int
@@ -90,6 +103,7 @@ class Plan:
     links: list[MemberPlan]
     controls: list[MemberPlan]
     notes: list[str] = field(default_factory=list)
+    relative: bool = False
 
     @property
     def total_macs(self) -> float:
@@ -99,8 +113,17 @@ class Plan:
     @property
     def alone_macs(self) -> float | None:
         """Compute of training every member alone for as many samples as the base; None without a trained base."""
-        parts = [link.alone_macs for link in self.links]
-        return None if None in parts else sum(part for part in parts if part is not None)
+        return _sum(link.alone_macs for link in self.links)
+
+    @property
+    def hours(self) -> float | None:
+        """GPU-hours of the whole chain, controls left out; None where the plan is relative."""
+        return _sum(link.hours for link in self.links)
+
+    @property
+    def alone_hours(self) -> float | None:
+        """GPU-hours of training every member alone for as many samples as the base."""
+        return _sum(link.alone_hours for link in self.links)
 
     @property
     def speed_up(self) -> float | None:
@@ -116,11 +139,13 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`."""
         totals = {"macs": self.total_macs, "alone_macs": self.alone_macs}
+        totals |= {"hours": self.hours, "alone_hours": self.alone_hours}
         return {
             "name": self.name,
             "world": self.world,
             "hardware": asdict(self.hardware),
             "samples_per_epoch": self.samples_per_epoch,
+            "relative": self.relative,
             "links": [link.to_dict() for link in self.links],
             "controls": [control.to_dict() for control in self.controls],
             "notes": self.notes,
@@ -134,8 +159,8 @@ def make_plan(
     """The plan of `recipe` on `world` ranks (None: the fewest that its layouts allow) of `hardware`.
 
     `scaling`: propose layouts for 8 to 512 ranks too. Raises UserError for whatever could not work (see `checks`).
-    The samples of an epoch are `data.samples`, else those of the local or built-in source; where neither is known,
-    costs are relative: multiply them by the number of samples.
+    The samples of an epoch are `data.samples`, else those of the local or built-in source; where neither is known, and
+    the recipe counts in epochs, costs are relative: multiply them by the number of samples.
     """
     members = link_members(recipe, None)
     controls = control_members(recipe, members)
@@ -148,11 +173,11 @@ def make_plan(
     place = _Place(world, hardware or Hardware(), SCALES if scaling else ())
     notes: list[str] = []
     sizes = {member.name: samples_per_epoch(member, notes) for member in (*members, *controls)}
-    relative = None in sizes.values()
+    relative = any(member.epochs is not None and sizes[member.name] is None for member in (*members, *controls))
     if relative:
         notes.append("the size of data.train is not known here: costs are for one sample an epoch (set data.samples)")
         _refuse_steps(recipe, [*members, *controls])
-        sizes = dict.fromkeys(sizes, 1)
+        sizes = dict.fromkeys(sizes)
     base_samples = _samples(members[0], sizes[members[0].name] or 0, relative)
     links: list[MemberPlan] = []
     for index, member in enumerate(members):
@@ -174,8 +199,14 @@ def make_plan(
         _note_warmup(planned[-1], member, notes)
     for plan in (*links, *planned):
         _note_memory(plan, place, notes)
-    size = None if relative else sizes[members[0].name]
-    return Plan(recipe.name, world, place.hardware, size, links, planned, notes)
+    size = sizes[members[0].name]
+    return Plan(recipe.name, world, place.hardware, size, links, planned, notes, relative)
+
+
+def _sum(parts: Iterable[float | None]) -> float | None:
+    """None where a part is."""
+    known = [*parts]
+    return None if None in known else sum(part for part in known if part is not None)
 
 
 @dataclass(frozen=True)
@@ -226,7 +257,7 @@ def _plan(
     workload = Workload.of(member, teacher.spec if teacher else None)
     aligned = samples * workload.teacher_share
     layout, world, hardware = member.settings.parallel, place.world, place.hardware
-    forward = per_sample["train"] / 3
+    forward = per_sample["train"] / 3 - workload.head_macs  # of which nothing is done again
     extra = forward * (forwards(workload, layout) - 1)
     macs = {
         "train": per_sample["train"] * samples,
@@ -235,6 +266,8 @@ def _plan(
     }
     macs["total"] = macs["train"] + macs["teacher"]
     batch = member.settings.data.batch_size
+    own = step_time(workload, layout, world, hardware)
+    untaught = step_time(replace(workload, teacher=None), layout, world, hardware)
     return MemberPlan(
         name=member.name,
         model=member.spec.name,
@@ -244,12 +277,12 @@ def _plan(
         epochs=member.epochs,
         steps=None if relative else round(samples / batch),
         samples=samples,
+        tokens=samples * member.length if member.spec.is_language_model and not relative else None,
         macs=macs,
         alone_macs=per_sample["train"] * base_samples or None,
+        alone_hours=None if relative else base_samples / batch * untaught.total * world / 3600 or None,
         precision=member.settings.precision,
-        own=Proposal(
-            world, layout, estimate(workload, layout, world), step_time(workload, layout, world, hardware), batch
-        ),
+        own=Proposal(world, layout, estimate(workload, layout, world), own, batch),
         traffic=traffic(workload, layout, world),
         cheapest=cheapest(workload, world, hardware),
         scaling={ranks: cheapest(workload, ranks, hardware) for ranks in place.scales},

@@ -3,7 +3,8 @@
     compute        2 FLOPs a MAC: the forward passes and the backward pass (2 forwards) of a rank's share, at the
                    sustained share of the peak, less for few tokens, and no block faster than its kernels are launched
                    (twice as slow under ZeRO-3, whose hooks run at every module)
-    bubble         (pipeline - 1) / (virtual x micro_batches) of what goes through the pipeline, for each tower alike
+    bubble         (pipeline - 1) / (virtual x micro_batches) of what goes through the pipeline, for each tower alike;
+                   a language model's head is the last stage's alone, for which the others wait
     communication  bytes over bandwidth and latency of every call, nothing of it hidden behind compute, except
                    the gathering of weights under ZeRO-3, which DeepSpeed starts ahead of the layers
     teacher        its forward pass, shared out over all ranks
@@ -55,13 +56,14 @@ class StepTime:
 def step_time(workload: Workload, layout: ParallelSettings, world: int, hardware: Hardware) -> StepTime:
     """The prediction for a layout that fits the model and `world` ranks."""
     rows = micro_batch_rows(workload, layout, world)
-    forward = 0.0  # seconds of one forward pass of a rank's blocks, all micro-batches
+    forward, head = 0.0, 0.0  # seconds of a forward pass of a rank's blocks, and of the last stage's head, all told
     for name, tower in workload.spec.towers.items():
-        rate = hardware.rate(workload.precision, workload.sequences(tower, rows) * tower.tokens)
-        product = 2 * workload.macs[name] * rows / (rate * layout.tensor * layout.pipeline)
+        rate = hardware.rate(workload.precision, workload.sequences(tower, rows) * tower.tokens) * layout.tensor
+        product = 2 * (workload.macs[name] - workload.head_macs) * rows / (rate * layout.pipeline)
         launch = hardware.launch * tower.layers / layout.pipeline * (2 if layout.zero == 3 else 1)
         forward += max(product, launch) * layout.micro_batches
-    own = forward * (1 + _BACKWARD)
+        head += 2 * workload.head_macs * rows / rate * layout.micro_batches
+    own = (forward + head) * (1 + _BACKWARD)
     again = forward * (forwards(workload, layout) - 1) + _core_attention(workload, layout, world, hardware)
     teacher = workload.teacher_macs * workload.teacher_share * workload.batch / world
     teacher *= 2 / (hardware.peak(workload.precision) * hardware.sustained)

@@ -16,6 +16,7 @@ from compt_megatron.chain.communication import Traffic, ring, traffic
 from compt_megatron.chain.workload import BYTES, Workload, data_ranks
 from compt_megatron.models.part import ModelPart
 from compt_megatron.recipe.sections import ParallelSettings, Precision
+from compt_megatron.spec.cost import at_length
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
 from tests.distributed.communication_trace import CommunicationTrace
@@ -76,9 +77,12 @@ def predicted(case: Counted) -> dict[str, tuple[float, float]]:
     """The same by the planner's formulas, for the rank that sends most of each; with the padding that the engines add
     to parameters, which the formulas leave out."""
     spec = spec_from_config(case.config, "tiny")
-    teacher = spec_from_config({**TEACHER, **case.config, "embed_dim": TEACHER["embed_dim"]}, "teacher")
     layout = ParallelSettings.model_validate(case.parallel)
-    workload = Workload(spec, teacher if case.aligned else None, ROWS, CAPTIONS, case.precision)
+    if spec.is_language_model:
+        workload = Workload(at_length(spec, whole_batch(0, case.config).tokens.shape[1]), None, ROWS, 1, case.precision)
+    else:
+        teacher = spec_from_config({**TEACHER, **case.config, "embed_dim": TEACHER["embed_dim"]}, "teacher")
+        workload = Workload(spec, teacher if case.aligned else None, ROWS, CAPTIONS, case.precision)
     found: dict[str, tuple[float, float]] = {}
     for part in traffic(workload, layout, case.world):
         name = {"data": part.purpose, "model": "teacher"}.get(part.group, part.group)
@@ -94,7 +98,7 @@ def padding(case: Counted, spec: ModelSpec, layout: ParallelSettings, part: Traf
     ranks = data_ranks(layout, case.world)
     own = ModelPart(spec, layout.tensor, 0, layout.pipeline, 0, layout.virtual)
     chunks = [
-        {names[0]: _numel(own.shape(names[0])) * len(names) for names in own.names(chunk).values()}
+        {names[0]: sum(_numel(own.shape(name)) for name in names) for names in own.names(chunk).values()}
         for chunk in range(layout.virtual)
     ]
     sizes = chunks[0]  # all there is, but for a virtual pipeline

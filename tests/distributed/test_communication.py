@@ -15,6 +15,12 @@ from tests.distributed.spawn import run_ranks
 # matrices of more than 100,000 parameters, which DeepSpeed's stage 3 does not keep gathered
 WIDE: dict[str, Any] = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "width": 256, "layers": 2, "head_width": 64}}
 WIDE_PLAIN: dict[str, Any] = {key: value for key, value in WIDE.items() if key != "text_cfg"}
+TIED: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 61, "max_position_embeddings": 32,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+UNTIED = {**TIED, "tie_word_embeddings": False}
 CASES = [
     Counted(2, layout("deepspeed", tensor=2, sequence=True), "bf16"),  # first: nothing has prepared megatron-core yet
     Counted(2, layout("deepspeed", zero=0)),
@@ -30,17 +36,24 @@ CASES = [
     Counted(2, layout("megatron", pipeline=2, virtual=2, micro_batches=4), aligned=True),
     Counted(2, layout("megatron", pipeline=2, micro_batches=2), aligned=True, config=PLAIN),
     Counted(2, layout("deepspeed", zero=3, micro_batches=2), config=WIDE_PLAIN),
+    Counted(2, layout("deepspeed", tensor=2), config=TIED),
+    Counted(2, layout("megatron", tensor=2, sequence=True, micro_batches=2), config=TIED),
+    Counted(2, layout("megatron", pipeline=2, micro_batches=2), config=TIED),
+    Counted(2, layout("megatron", zero=1), config=UNTIED),
+    Counted(4, layout("megatron", pipeline=4, micro_batches=4), config=TIED),
+    Counted(4, layout("megatron", 2, 2, 2, micro_batches=4, sequence=True), config=TIED),
     Counted(4, layout("megatron", pipeline=4, micro_batches=4)),
     Counted(4, layout("megatron", tensor=2, pipeline=2, sequence=True)),
     Counted(4, layout("megatron", pipeline=2, virtual=2, micro_batches=4)),
 ]
-CONFIGS = (CONFIG, WIDE, PLAIN, WIDE_PLAIN)
+CONFIGS = (CONFIG, WIDE, PLAIN, WIDE_PLAIN, TIED, UNTIED)
 
 
 def _name(case: Counted) -> str:
     words = [
         key if value is True else f"{key} {value}" for key, value in case.parallel.items() if value not in (1, False)
     ]
+    words += [case.config["model_type"]] if "model_type" in case.config else []
     return ", ".join([str(words.pop(0)).removeprefix("engine "), *words, case.precision])
 
 
