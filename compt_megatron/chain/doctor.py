@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -36,7 +38,8 @@ _EXTRA = {"emoji": "data", "resvg-py": "data", "tokenizers": "llm", "zstandard":
 def examine(folder: Path | None = None) -> dict[str, Any]:
     """Versions, devices, collectives, memory and disk as plain data. `missing` says what to install for what.
 
-    Sizes are bytes; `folder` is whose disk is measured (default: the working directory). Imports torch, nothing else.
+    Sizes are bytes; `folder` is whose disk is measured (default: the working directory). Imports torch and, where
+    there is CUDA, Transformer Engine if it is installed; nothing else.
     """
     import torch
 
@@ -47,13 +50,15 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
         if version is None
     ]
     folder = folder or Path.cwd()
+    devices = _devices(torch)
     return {
         "compt_megatron": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": versions,
         "missing": missing,
-        "devices": _devices(torch),
+        "devices": devices,
+        "transformer_engine": _transformer_engine(bool(devices)),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory": _memory(),
@@ -71,6 +76,8 @@ def advice(found: dict[str, Any]) -> list[str]:
         lines.append("no CUDA device: training runs on the CPU, which suits the demo and small models")
     elif "nccl" not in found["collectives"]:
         lines.append("this torch has no NCCL: several GPUs cannot train together; install a CUDA build of torch")
+    if problem := found["transformer_engine"]["problem"]:
+        lines.append(f"Transformer Engine cannot be imported ({problem}): blocks are made of torch's layers")
     if found["disk"]["free"] < 5 * 2**30:
         lines.append(f"{found['disk']['path']}: less than 5 GiB of disk free; checkpoints of large models will not fit")
     return lines
@@ -91,6 +98,20 @@ def _devices(torch: Any) -> list[dict[str, Any]]:
         {"name": device.name, "memory": device.total_memory, "capability": f"{device.major}.{device.minor}"}
         for device in properties
     ]
+
+
+def _transformer_engine(cuda: bool) -> dict[str, str | None]:
+    """Its version, None where it is not installed, and why its import fails, if it does; tried only with CUDA."""
+    found: dict[str, str | None] = {"version": None, "problem": None}
+    if importlib.util.find_spec("transformer_engine") is None:
+        return found
+    found["version"] = _version("transformer_engine") or "unknown"
+    if cuda:
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as error:  # whatever a compiled extension may raise
+            found["problem"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return found
 
 
 def _collectives(torch: Any) -> dict[str, str]:

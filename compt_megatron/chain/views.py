@@ -119,6 +119,7 @@ def print_health(found: dict[str, Any], advice: list[str]) -> None:
             ("cpus", f"{found['cpus']}, torch uses {found['threads']} threads"),
             ("memory", f"{human(found['memory'])}B"),
             ("collectives", ", ".join(collectives) or "none"),
+            ("Transformer Engine", found["transformer_engine"]["version"] or "none, and none is needed"),
             ("disk", f"{human(found['disk']['free'])}B free at {found['disk']['path']}"),
         ]
     )

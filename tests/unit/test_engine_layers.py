@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from compt_megatron.chain import doctor
 from compt_megatron.engine.layers import Layers, choose_layers
 from compt_megatron.errors import UserError
 from compt_megatron.models import transformer_engine
@@ -100,3 +101,13 @@ def test_choice_names_marks_and_a_run(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_doctor_says_what_is_wrong(process: None, tmp_path: Path) -> None:
+    assert doctor._transformer_engine(cuda=True) == {"version": None, "problem": None}
+    write(tmp_path, "raise OSError('libcudnn.so.9:\\nno such file')")
+    found = doctor.examine()
+    wrong = doctor._transformer_engine(cuda=True)
+    assert wrong == {"version": "unknown", "problem": "OSError: libcudnn.so.9:"}
+    line = "Transformer Engine cannot be imported (OSError: libcudnn.so.9:): blocks are made of torch's layers"
+    assert line in doctor.advice({**found, "transformer_engine": wrong})
