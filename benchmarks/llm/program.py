@@ -71,18 +71,19 @@ class Program:
         wanted += [(model, seed, BUDGETS[-1]) for seed in others for model in MODELS]
         return [cell for each in wanted if (cell := self.alone(*each)) is not None]
 
-    def curve(self, model: str) -> list[Point]:
-        """Compute and loss of a model alone at each budget, the one that it was tuned with included: means of the seeds
-        that are there."""
+    def budgets(self, model: str) -> list[list[Record]]:
+        """The results of a model alone at its own rate, by budget (that of the tuning first); those that are there."""
         tuned, rate = self.tuning(model)
         cells: list[list[Cell | None]] = [[cell for cell in tuned if cell.rate == rate]]
         cells += [[self.alone(model, seed, budget) for seed in self.seeds] for budget in BUDGETS]
-        found = [[self.known[cell.id] for cell in group if cell is not None and cell.id in self.known]
-                 for group in cells]  # fmt: skip
+        found = [[self.known[cell.id] for cell in group if cell and cell.id in self.known] for group in cells]
+        return [group for group in found if group]
+
+    def curve(self, model: str) -> list[Point]:
+        """Compute and loss of a model alone at each budget, means of the seeds."""
         return [
             Point(fmean(each["macs"]["total"] for each in group), fmean(each["loss"] for each in group))
-            for group in found
-            if group
+            for group in self.budgets(model)
         ]
 
     # -- chains --------------------------------------------------------------------------------------------------

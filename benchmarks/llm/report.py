@@ -152,15 +152,16 @@ def _costs(pairs: list[Pair]) -> tuple[float, float]:
 
 
 def _seconds(program: Program, seed: int, name: str, pairs: list[Pair]) -> tuple[float, float]:
-    """CPU seconds of the same; alone at the mean speed of the whole budgets."""
+    """CPU seconds of the same; alone at the mean speed of the largest budget. A training has one thread, so this is
+    its time on a core that it has for itself."""
     chain = _records(
         program, [program.alone(FIRST, seed, BUDGETS[-1]), *(program.link(m, seed, name) for m in PREVIOUS)]
     )
     base = chain[0]["cpu_s"]
     alone = base
     for model, pair in zip(PREVIOUS, pairs):
-        full = _records(program, [program.alone(model, each, BUDGETS[-1]) for each in program.seeds])
-        alone += pair.alone.macs * fmean(each["cpu_s"] / each["macs"]["total"] for each in full)
+        measured = program.budgets(model)[-1]
+        alone += pair.alone.macs * fmean(each["cpu_s"] / each["macs"]["total"] for each in measured)
     return sum(each["cpu_s"] for each in chain), alone
 
 
