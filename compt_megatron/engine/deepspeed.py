@@ -58,7 +58,7 @@ class DeepSpeedEngine(TrainingEngine):
         use_cpu_in_training()
         parallel = self.parallel
         part = ModelPart.current(spec)
-        student = build_student(spec, self._dtype, parallel, part, projections)
+        student = build_student(spec, self._dtype, parallel, part, projections, layers=self._layers.kind)
         student.to(runtime.device).train()
         sum_sequence_gradients(student, self.topology)
         held = held_by(student, part)

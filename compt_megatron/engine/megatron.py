@@ -50,7 +50,7 @@ class MegatronEngine(TrainingEngine):
         self._chunks: list[AnyStudent] = []
         held: dict[str, Held] = {}
         for chunk in range(part.virtual):
-            student = build_student(spec, self._dtype, parallel, part, projections, chunk)
+            student = build_student(spec, self._dtype, parallel, part, projections, chunk, self._layers.kind)
             student.to(runtime.device).train()
             sum_sequence_gradients(student, self.topology)
             held |= {f"{chunk}.{name}": entry for name, entry in held_by(student, part, chunk).items()}

@@ -13,6 +13,7 @@ from torch import nn
 from compt_megatron.align.projection import Projections
 from compt_megatron.engine.run_checkpoint import Held
 from compt_megatron.engine.topology import Topology
+from compt_megatron.models.block import LayerKind
 from compt_megatron.models.build import build_language_model, build_model
 from compt_megatron.models.clip import ClipModel
 from compt_megatron.models.language import LanguageModel, layer_key
@@ -77,9 +78,10 @@ def build_student(
     part: ModelPart,
     projections: Projections | None,
     chunk: int = 0,
+    layers: LayerKind = "torch",
 ) -> AnyStudent:
     """A chunk of `part` of the model in training mode, without weights; projections where its features come out."""
-    options: dict[str, Any] = {"recompute": parallel.recompute, "sequence": parallel.sequence}
+    options: dict[str, Any] = {"recompute": parallel.recompute, "sequence": parallel.sequence, "layers": layers}
     own = None if projections is None else _own_projections(projections.to(dtype), spec, part, chunk)
     if spec.is_language_model:
         return LanguageStudent(build_language_model(spec, dtype=dtype, part=part, chunk=chunk, **options), own)

@@ -20,6 +20,7 @@ from compt_megatron.align.teacher import Teacher
 from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.engine.cached_gradients import CachedGradients
 from compt_megatron.engine.contract import AnyBatch, StepResult
+from compt_megatron.engine.layers import choose_layers
 from compt_megatron.engine.run_checkpoint import RunCheckpoint
 from compt_megatron.engine.runtime import Runtime, seed_step
 from compt_megatron.engine.schedule import learning_rate
@@ -71,8 +72,14 @@ class TrainingEngine(ABC):
         self._part_names: dict[Any, list[str]] = {}
         self._dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.optimizer_name = ""  # which code makes the optimizer's steps, for people
+        self._layers = choose_layers(spec, self.parallel, self._dtype, runtime.device)
         self._checkpoint: RunCheckpoint
         self._build(projections)
+
+    @property
+    def implementation(self) -> str:
+        """Which code the blocks and the optimizer's steps are made of, for people."""
+        return f"{self._layers.name}; {self.optimizer_name}"
 
     # -- what an engine has of its own -------------------------------------------------------------------------------
 
