@@ -10,12 +10,15 @@ import importlib.util
 import io
 import logging
 import math
+import os
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from compt_megatron.data.text.tokenizer import FILE, find_tokenizer
@@ -23,6 +26,7 @@ from compt_megatron.errors import UserError
 from compt_megatron.torchvision_mend import ensure_torchvision_if_installed
 
 BATCH_SIZE = 16  # sequences at once, where nothing is said
+RESAMPLES = 1000  # for standard errors that have no formula, which are then right to 2 %
 Results = dict[str, dict[str, float]]
 _LONGEST = 200  # characters of another library's message that one of ours quotes
 
@@ -39,14 +43,15 @@ class Tasks:
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("lm-eval is not installed, which tasks need; pip install 'compt-megatron[eval]'")
         ensure_torchvision_if_installed()  # transformers imports it
+        os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's: its resampling would fork this process, with all its threads
         with _quiet():
             self._manager = _manager(names, include)
-            self._tasks = [task for name in names for task in self._load(name)]
             try:
-                single = self._manager.load(self._tasks)["tasks"]
+                self._loaded = self._manager.load([task for name in names for task in self._load(name)])
             except ValueError as error:
                 raise UserError(f"tasks {', '.join(names)}: {_line(error)}; name each task once") from error
-        for name, task in single.items():
+        self._shots = {name: task.get_config("num_fewshot") for name, task in self._loaded["tasks"].items()}
+        for name, task in self._loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise UserError(f"task {name!r}: runs code that the model writes; use lm-eval itself for it")
             if getattr(task, "MULTIMODAL", False):
@@ -76,18 +81,15 @@ class Tasks:
         seeds of all random generators. Raises UserError where the model or its tokenizer cannot be loaded, or memory
         is short.
         """
-        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.evaluator import evaluate
 
         batch_size = batch_size or BATCH_SIZE
         try:
             with _quiet():
-                found = simple_evaluate(
-                    _model(folder, device, batch_size),
-                    tasks=list(self._tasks),
-                    task_manager=self._manager,
-                    num_fewshot=shots,
-                    limit=limit,
-                    log_samples=False,
+                self._seed(shots)
+                model = _model(folder, device, batch_size)
+                found = evaluate(
+                    lm=model, task_dict=self._loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False
                 )
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -95,6 +97,19 @@ class Tasks:
                 "batch_size"
             ) from error
         return _results(found)
+
+    def _seed(self, shots: int | None) -> None:
+        """What lm-eval's command does before it evaluates: seeds, and the examples in a prompt (a task that says none
+        keeps to it)."""
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        for name, task in self._loaded["tasks"].items():
+            own = self._shots[name]
+            task.set_config(key="num_fewshot", value=shots if shots is not None and own != 0 else own or 0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _manager(names: Sequence[str], include: Path | str | None) -> Any:

@@ -147,6 +147,26 @@ def test_of_perplexity_less_is_better(tmp_path: Path) -> None:
     assert judge(family_of(ledger)).outcome == "lost", "the best control counts"
 
 
+def test_tasks_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """A task's perplexity is not one that the report judges by."""
+    run = write_run(tmp_path)
+    ledger = json.loads((run / "chain.json").read_text())
+    tasks = {"arc_easy": {"acc": 0.25, "acc_stderr": 0.0125, "samples": 1200, "shots": 0}}
+    tasks["lambada"] = {"perplexity": 31.5, "perplexity_stderr": 1.5, "em,strict": 0.5, "em_stderr,strict": 0.1}
+    ledger["links"][-1]["tasks"] = tasks
+    (run / "chain.json").write_text(json.dumps(ledger))
+    family = read_family(run)
+    assert "lambada" not in family.eval_sets
+    assert judge(family) == judge(read_family(write_run(tmp_path / "other")))
+    page = write_report(run).read_text()
+    assert "<td>arc_easy</td><td>acc 0.2500 ± 0.0125, 1,200 documents</td>" in page
+    assert "<td>lambada</td><td>perplexity 31.5000 ± 1.5000, em,strict 0.5000 ± 0.1000</td>" in page
+    Page(page)
+    row = json.loads((run / "report" / "report.json").read_text())["rows"][2]
+    assert (row["arc_easy/acc"], row["arc_easy/acc_stderr"]) == (0.25, 0.0125)
+    assert "<h2>Tasks</h2>" not in write_report(tmp_path / "other").read_text()
+
+
 def test_without_a_control_nothing_is_claimed(tmp_path: Path) -> None:
     verdict = judge(read_family(write_run(tmp_path, control=None)))
     assert verdict.outcome == "no control"

@@ -119,6 +119,24 @@ def test_files_beside_the_recipe_become_absolute_and_packaged_names_stay(tmp_pat
     assert recipe.data.eval == ["emoji/held_out_artist", str(tmp_path / "shards/000.tar")]
 
 
+def test_tasks_beside_the_recipe_become_absolute(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    harness = {"tasks": ["arc_easy"], "include": "mine"}
+    values = changed(
+        objective={"name": "causal_lm"},
+        evaluate={"harness": harness},
+        links__2__evaluate={"harness": {"include": "other"}},
+        controls__0__evaluate={"harness": {"include": "mine", "limit": 3}},
+    )
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    recipe = load_recipe(tmp_path / "r.yaml")
+    found = [recipe.link_settings(link).evaluate.harness for link in range(3)]
+    found.append(recipe.control_settings(0).evaluate.harness)
+    mine = str(tmp_path / "mine")
+    assert [one and one.include for one in found] == [mine, mine, "other", mine]
+    assert [one and one.limit for one in found] == [None, None, None, 3]
+
+
 def test_a_recipe_does_not_change_after_loading() -> None:
     recipe = recipe_from(BASE)
     with pytest.raises(ValueError, match="frozen"):
@@ -200,6 +218,19 @@ def test_a_recipe_does_not_change_after_loading() -> None:
             "r: objective: 'same_caption' is not an option",
         ),
         ({"evaluate": {"templates": ["a photo"]}}, "r: evaluate: template 'a photo' has no '{}'"),
+        (
+            {"evaluate": {"harness": {"tasks": ["arc_easy"]}}},
+            "r: links.0: evaluate.harness does not go with objective 'clip'; remove it",
+        ),
+        ({"evaluate": {"harness": {"tasks": []}}}, "r: evaluate.harness.tasks: needs a list (each text) of at least 1"),
+        (
+            {"evaluate": {"harness": {"tasks": ["a"], "task": 1}}},
+            "r: evaluate.harness.task: unknown key; did you mean 'ta",
+        ),
+        (
+            {"evaluate": {"at_end": False, "harness": {"tasks": ["arc_easy"]}}},
+            "r: evaluate: 'harness' would never run; give it every_steps, or use at_end: true",
+        ),
         ({"data": {"batch_size": 1}}, "r: data.train: is missing"),
         ({"links": []}, "r: links: needs a list of at least 1, not []"),
     ],
