@@ -1,4 +1,4 @@
-"""evaluation.jsonl: one row a step, whoever measured what; a run that goes on from a step forgets what came after it."""
+"""evaluation.jsonl: one row a step, whoever measured what; a run that goes on forgets what came after its step."""
 
 from __future__ import annotations
 
