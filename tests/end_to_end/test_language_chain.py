@@ -110,6 +110,19 @@ def test_an_export_evaluates_from_the_command_line(recipe: Path, reference: Path
     assert json.loads(result.stdout)["text/held_out"] == pytest.approx(_held_out(entry), rel=1e-5)
 
 
+def test_a_checkpoint_of_the_run_is_exported_with_the_tokenizer_of_the_data(
+    recipe: Path, reference: Path, tmp_path: Path
+) -> None:
+    entry, text = tiny.entries(reference)["m"], recipe.parent / "text"
+    assert entry["tokenizer"] == str((text / "tokenizer.json").resolve())
+    result = compt("export", reference / entry["checkpoint"], tmp_path / "hf", folder=tmp_path)
+    assert result.codes == [0], result
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (text / name).read_bytes()
+    weights = "model.safetensors"
+    assert (tmp_path / "hf" / weights).read_bytes() == (reference / entry["export"] / weights).read_bytes()
+
+
 def test_a_report_says_that_lower_is_better(recipe: Path, reference: Path) -> None:
     result = compt("report", reference, "--out", recipe.parent / "report", folder=recipe.parent)
     assert result.codes == [0], result
