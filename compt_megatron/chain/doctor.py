@@ -30,9 +30,15 @@ _NEEDED = {
     "resvg-py": "compt data emoji",
     "pillow": "images",
     "tokenizers": "compt data text",
+    "transformers": "parity of language models, and their tasks",
+    "lm_eval": "compt eval --tasks, evaluate.harness in recipes",
     "zstandard": "compt data text (.zst)",
 }
-_EXTRA = {"emoji": "data", "resvg-py": "data", "tokenizers": "llm", "zstandard": "llm"}
+_EXTRA = {
+    **dict.fromkeys(("emoji", "resvg-py"), "data"),
+    **dict.fromkeys(("tokenizers", "transformers", "zstandard"), "llm"),
+    "lm_eval": "eval",
+}
 
 
 def examine(folder: Path | None = None) -> dict[str, Any]:

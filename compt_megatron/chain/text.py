@@ -8,7 +8,7 @@ from typing import Any
 from compt_megatron.chain.member import Member
 from compt_megatron.data.text.build import SPLITS
 from compt_megatron.data.text.source import BUILT_IN, PADDING, TextSource
-from compt_megatron.data.text.tokenizer import COMPANIONS, FILE, find_tokenizer
+from compt_megatron.data.text.tokenizer import find_tokenizer
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import expanded
 from compt_megatron.recipe.sections import AlignSettings
@@ -152,13 +152,3 @@ def _check_states(member: Member, align: AlignSettings, teacher: ModelSpec, wher
             f"{where}: align.clamp compares with the loss of the last stage, parallel.pipeline {parallel.pipeline} has "
             "layers on others; use pipeline: 1, clamp: false, or no align.layers"
         )
-
-
-def tokenizer_files(source: TextSource) -> dict[str, Path]:
-    """{name in an exported folder: file}: the data's tokenizer, where it has one, and what transformers wants beside
-    it."""
-    file = source.tokenizer
-    if file is None:
-        return {}
-    beside = {name: file.with_name(name) for name in COMPANIONS if file.with_name(name).is_file()}
-    return {FILE: file, **beside}
