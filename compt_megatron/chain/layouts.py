@@ -63,7 +63,7 @@ def misfit(spec: ModelSpec, layout: ParallelSettings) -> str | None:
     3, which ..."), or None."""
     for axis in ("tensor", "pipeline"):
         size = getattr(layout, axis)
-        reason = files_obstacle(spec, Layout(**{axis: size}))
+        reason = _axis_obstacle(spec, Layout(**{axis: size}))
         if reason is not None:
             return f"parallel.{axis} is {size}, which does not fit: {reason}"
     reason = files_obstacle(spec, Layout(layout.tensor, layout.pipeline))
@@ -71,10 +71,22 @@ def misfit(spec: ModelSpec, layout: ParallelSettings) -> str | None:
         return f"parallel.tensor {layout.tensor} x parallel.pipeline {layout.pipeline} does not fit: {reason}"
     for tower in spec.towers.values():
         if tower.layers % (layout.pipeline * layout.virtual):
+            whose = "" if spec.is_language_model else f" of the {tower.name} tower"
             return (
                 f"parallel.virtual is {layout.virtual}, which does not divide the {tower.layers // layout.pipeline} "
-                f"layers that each of {layout.pipeline} stages has of the {tower.name} tower"
+                f"layers that each of {layout.pipeline} stages has{whose}"
             )
+    return None
+
+
+def _axis_obstacle(spec: ModelSpec, layout: Layout) -> str | None:
+    """Why one of the sizes does not fit a model, or None. A language model's vocabulary is padded, of which every
+    tensor-parallel rank must have an entry."""
+    if (reason := files_obstacle(spec, layout)) is not None or not spec.is_language_model:
+        return reason
+    entries = next(iter(spec.params.values())).shape[0]
+    if -(-entries // layout.tensor) * (layout.tensor - 1) >= entries:
+        return f"its vocabulary of {entries} entries leaves tensor-parallel ranks without one"
     return None
 
 
@@ -129,8 +141,8 @@ def nearest(spec: ModelSpec, layout: ParallelSettings, batch: int, world: int) -
 
 def shapes(spec: ModelSpec, world: int) -> list[tuple[int, int]]:
     """The (tensor, pipeline) sizes that a model allows on `world` ranks."""
-    tensors = [size for size in divisors(world) if files_obstacle(spec, Layout(tensor=size)) is None]
-    pipelines = [size for size in divisors(world) if files_obstacle(spec, Layout(pipeline=size)) is None]
+    tensors = [size for size in divisors(world) if _axis_obstacle(spec, Layout(tensor=size)) is None]
+    pipelines = [size for size in divisors(world) if _axis_obstacle(spec, Layout(pipeline=size)) is None]
     return [
         (tensor, pipeline)
         for tensor in tensors

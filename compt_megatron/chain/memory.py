@@ -221,10 +221,13 @@ def loss_kept(workload: Workload, layout: ParallelSettings, world: int) -> float
 def _token_loss(workload: Workload, layout: ParallelSettings, rows: float) -> float:
     """Bytes of the loss of a micro-batch of a language model at its most: the gradients of states and head, and the
     larger of what comes beside them, one after the other: of a chunk of tokens the logits, their softmax and the next
-    logits, 12 bytes an entry; of the head's gradient the scaled copies in fp32 and in the weights' type. With a teacher
-    the states and their projection in fp32, and the gradients of both."""
+    logits, 12 bytes an entry (twice that where the teacher's are distilled); of the head's gradient the scaled copies
+    in fp32 and in the weights' type. With a teacher the states and their projection in fp32, and the gradients of
+    both."""
     tower, element = workload.spec.towers["text"], workload.element
     tokens, matrix = rows * tower.tokens, workload.counts.vocabulary_on_rank(layout)
-    beside = max(min(workload.chunk, tokens) * matrix / tower.width * 12, matrix * (4 + element))
-    aligned = 0 if workload.teacher is None else 2 * 4 * (tower.width + workload.teacher.towers["text"].width)
+    logits = min(workload.chunk, tokens) * matrix / tower.width * 12 * (2 if workload.distilled else 1)
+    beside, aligned = max(logits, matrix * (4 + element)), 0
+    if workload.teacher is not None:
+        aligned = 2 * 4 * (tower.width + workload.teacher.towers["text"].width) * workload.states
     return tokens * (tower.width * element + aligned) + matrix * 4 + beside
