@@ -274,7 +274,8 @@ def _transfer(args: Arguments) -> Transfer:
 
 def _sharing(args: Arguments) -> dict[str, Any]:
     """How the work is shared: --workers, or the processes of torchrun. This process is for nothing else."""
-    from compt_megatron.checkpoint.workers import launched, one_heap
+    from compt_megatron.checkpoint.workers import launched
+    from compt_megatron.heap import one_heap
 
     one_heap()
     place = launched()

@@ -7,7 +7,6 @@ written stays in `DST.partial/`, and the same command goes on from there.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -24,11 +23,11 @@ from typing import Any, NamedTuple
 from compt_megatron.checkpoint.contract import Exchange
 from compt_megatron.checkpoint.messages import function_of, name_of, packed, unpacked
 from compt_megatron.errors import UserError, WorkerLost
+from compt_megatron.heap import one_heap
 
 _POLL_S = 0.005
 _CHECK_S = 0.2  # how often a worker looks whether its starter still lives
 _PATIENCE = timedelta(days=7)  # of a worker of torchrun; a dead peer is torchrun's to notice
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _COMMAND = "import sys; sys.path[:] = {path!r}; from compt_megatron.checkpoint.workers import _child; _child({number})"
 
 Progress = Callable[[int, int, int], None]  # bytes that are written, bytes in all, and those from an earlier run
@@ -45,18 +44,6 @@ class Place(NamedTuple):
     @property
     def shard(self) -> tuple[int, int]:
         return self.rank, self.world
-
-
-def one_heap() -> None:
-    """Settle how this process, which does nothing but stream tensors, gets its memory from glibc.
-
-    One heap for all threads: each of the usual many keeps the holes that large tensors leave. And it keeps what was
-    freed at its end: to clear fresh pages again and again costs more than to make the values that go there.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 32 * 2**20), (_M_TRIM_THRESHOLD, 128 * 2**20)):
-            mallopt(option, value)
 
 
 # -- started by torchrun -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from compt_megatron.errors import UserError
+from compt_megatron.heap import kept_heap
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -51,6 +52,7 @@ class Runtime:
             torch.cuda.set_device(local_rank)
         else:
             os.environ["DS_ACCELERATOR"] = "cpu"
+            kept_heap()
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if not dist.is_initialized():
             backend, limit = ("nccl" if cuda else "gloo"), timedelta(minutes=timeout_minutes)
