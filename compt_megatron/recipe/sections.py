@@ -399,8 +399,8 @@ class GrowSettings(Section):
     )
     new_rate: PositiveNumber = Field(
         default=1.0,
-        description="Factor on the learning rate of the layers that growth added: of those made from one layer, all but "
-        "the first.",
+        description="Factor on the learning rate of the layers that growth added: of those made from one layer, all "
+        "but the first.",
     )
     old_rate: PositiveNumber = Field(
         default=1.0, description="Factor on the learning rate of everything else: what the previous model had too."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compt_megatron.spec.huggingface_names import head_key
 from compt_megatron.spec.table import ModelSpec, Param, Tower
 
 
@@ -25,12 +24,6 @@ def forward_macs(spec: ModelSpec, tower: str) -> int:
     matrices = sum(_uses(param, shape) * param.numel for param in spec.params.values() if param.tower == tower)
     attention = shape.layers * 2 * shape.tokens**2 * shape.heads * shape.head_dim
     return matrices + attention
-
-
-def head_macs(spec: ModelSpec) -> int:
-    """MACs of a language model's logits of one sequence, which `forward_macs` counts too."""
-    tower = spec.towers["text"]
-    return tower.tokens * spec.params[head_key(spec)].numel
 
 
 def head_macs(spec: ModelSpec) -> int:
