@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -13,14 +12,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# Children are forked from one server that has imported everything and run nothing: cheap to start, and safe to fork.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "pytest", "deepspeed", "compt_megatron.engine.deepspeed"])
+from tests.forked import context, start_server
 
 
 def run_ranks(
@@ -33,7 +29,7 @@ def run_ranks(
     Returns the results in rank order. Raises AssertionError with the child's traceback if one fails, and with the
     stacks of those still running if not all are done after `timeout` seconds; no child outlives the call.
     """
-    _start_server()
+    start_server()
     folder = Path(tempfile.mkdtemp(prefix="ranks_"))
     children: list[Any] = []
     pipes: list[Connection] = []
@@ -41,9 +37,9 @@ def run_ranks(
     call = pickle.dumps((function, args))
     try:
         for rank in range(world):
-            ours, theirs = _context.Pipe(duplex=False)
+            ours, theirs = context.Pipe(duplex=False)
             child_args = (theirs, str(folder), rank, world, env or {}, call)
-            child = _context.Process(target=_child, args=child_args, name=f"rank{rank}")
+            child = context.Process(target=_child, args=child_args, name=f"rank{rank}")
             child.start()
             theirs.close()
             children.append(child)
@@ -57,18 +53,6 @@ def run_ranks(
         for pipe in pipes:
             pipe.close()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _start_server() -> None:
-    """Start the server with what its imports must see: torch reads the threads, DeepSpeed chooses its device."""
-    wanted = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _collect(pipes: list[Connection], children: list[Any], folder: Path, timeout: float) -> list[Any]:

@@ -1,13 +1,11 @@
 """Starts `compt` in processes of its own, one or several ranks, so that tests can kill them and read what they said.
 
-Ranks are forked from one server that has imported everything and run nothing: a start costs a fork instead of the
-seconds that torch, DeepSpeed, megatron-core and open_clip take to import. They have the environment that torchrun
-gives its ranks. The launchers themselves are run as they are in test_launchers.py and test_two_nodes.py.
+Ranks are forked from the server of tests/forked.py and have the environment that torchrun gives its ranks. The
+launchers themselves are run as they are in test_launchers.py and test_two_nodes.py.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,16 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-_IMPORTS = ("compt_megatron.cli", "compt_megatron.chain.runner", "deepspeed", "tests.end_to_end.warm")
+from tests.forked import ENVIRONMENT, context, start_server
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(list(_IMPORTS))
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -47,7 +41,7 @@ class Job:
         self.folder = folder
         self._files = [folder / f"{name}.{time.monotonic_ns()}" for name in ("stdout", "stderr")]
         port = free_port()
-        _start_server()
+        start_server()
         self.ranks: list[Any] = []
         for rank in range(world):
             environment = dict(ENVIRONMENT)
@@ -55,7 +49,7 @@ class Job:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             call = ([str(argument) for argument in arguments], str(folder), *map(str, self._files), environment)
-            process = _context.Process(target=_compt, args=call)
+            process = context.Process(target=_compt, args=call)
             process.start()
             self.ranks.append(process)
 
@@ -106,17 +100,6 @@ def launcher_environment(**more: str) -> dict[str, str]:
     """The environment of a real launcher: this interpreter's programs first on PATH, the checkout importable."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **ENVIRONMENT, "PATH": path, "PYTHONPATH": str(ROOT), **more}
-
-
-def _start_server() -> None:
-    """Start the server with the environment that its imports must see (DeepSpeed chooses its device on import)."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _compt(arguments: list[str], folder: str, stdout: str, stderr: str, environment: dict[str, str]) -> None:
