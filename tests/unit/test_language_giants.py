@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.language_layouts import PAGE, RANKS, RECIPES, RESULTS, SCALES
+from benchmarks.language_layouts import PAGE, RANKS, RECIPES, RESULTS, SCALES, check_built
 from benchmarks.language_memory import kept_bytes, peak_bytes, predicted_kept, predicted_peak, small_spec
 from compt_megatron.chain.hardware import Hardware
 from compt_megatron.chain.layouts import nearest, obstacle, proposals
@@ -27,9 +24,8 @@ from compt_megatron.recipe.load import load_recipe
 from compt_megatron.recipe.sections import ParallelSettings
 from compt_megatron.spec.cost import head_macs, sample_macs
 from compt_megatron.spec.families import load_spec, spec_from_config
+from tests.distributed.spawn import run_ranks
 from tests.unit.lm_helpers import gpt2, llama
-
-ROOT = Path(__file__).parents[2]
 
 
 def layout(**fields: Any) -> ParallelSettings:
@@ -96,16 +92,11 @@ def test_the_recorded_layouts_divide_and_fit_80_gb(
             assert f"| {memory.total / 1e9:.0f} | {time.total:.3g} |" in row
 
 
-BUILD = """
-import json, sys, warnings
-warnings.simplefilter("ignore")
-from benchmarks.language_layouts import check_built
-from compt_megatron.recipe.sections import ParallelSettings
-from compt_megatron.spec.families import spec_from_config
-for config, parallel in json.loads(sys.argv[1]):
-    check_built(spec_from_config(config, "model"), ParallelSettings.model_validate(parallel))
-print("built")
-"""
+def build(rank: int, world: int, cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> int:
+    """In a process of its own: it replaces the process groups."""
+    for config, parallel in cases:
+        check_built(spec_from_config(config, "model"), layout(**parallel))
+    return len(cases)
 
 
 def test_layouts_are_built_without_weights(chains: dict[str, list[Member]], recorded: dict[str, Any]) -> None:
@@ -119,9 +110,7 @@ def test_layouts_are_built_without_weights(chains: dict[str, list[Member]], reco
     for config in (gpt2(layers=4), llama(layers=4)):  # tied and untied
         assert config["vocab_size"] % 2, "nothing to pad"
         cases += [(config, pipeline), (config, pipeline | {"virtual": 2, "sequence": True})]
-    command = [sys.executable, "-c", BUILD, json.dumps(cases)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.stdout == "built\n", done.stderr[-2000:]
+    assert run_ranks(build, 1, cases, timeout=300) == [len(cases)]
 
 
 # -- memory and time -------------------------------------------------------------------------------------------------
