@@ -239,6 +239,7 @@ class _Chain:
         with self.runtime.main_first():
             if self.runtime.is_main:
                 entry.certificate = write_initial(member, parent, target)
+        entry.certificate = self.runtime.exchange(entry.certificate)[0]  # every rank's optimizer asks it for rates
         if entry.certificate is not None:
             self.console.grow(member.name, member.parent or "", entry.certificate)
         else:
