@@ -33,7 +33,7 @@ _INTRO = """# Recipes
 <!-- written by `python -m compt_megatron.recipe.document`: change compt_megatron/recipe, not this page -->
 
 A recipe is one YAML file that says everything about a chain run. `compt train RECIPE` takes the path of one, or the
-name of a packaged one (`emoji`, `cc3m`, `cc3m-seven`, `merged15m`, `stdlib-lm`,
+name of a packaged one (`emoji`, `cc3m`, `cc3m-seven`, `merged15m`, `stdlib-lm`, `gpt3-6.7b`, `llama-8b`,
 `vit-h`, `vit-g`, `vit-bigg`, `vit-e`, `vit-22b`). This is the packaged demo, shortened:
 
 ```yaml
