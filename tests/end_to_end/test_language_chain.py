@@ -71,6 +71,7 @@ def test_every_link_is_grown_trained_and_evaluated(recipe: Path, reference: Path
         assert max(entries[link]["certificate"]["parity"].values()) < 1e-5
         assert first[link]["loss/align/hidden"] < 1e-9, "grown exactly: aligned from the start"
     assert first["m"]["loss/align/layer_0"] < 1e-9
+    assert entries["m"]["align_at_step0"].keys() == {"hidden", "layer_0"}
     assert first["l"]["loss/distill/kl"] < 1e-6, "and predicts alike"
     forward = entries["m"]["macs"]["train"] / tiny_text.STEPS["m"] / 3
     logits = 8 * tiny_text.LENGTH * tiny_text.VOCABULARY
@@ -156,6 +157,32 @@ def test_a_folder_of_transformers_is_the_base_of_a_chain(recipe: Path, tmp_path:
     assert max(entries["m"]["certificate"]["parity"].values()) < 1e-5
     first = _rows(run_dir / "metrics.jsonl")[0]
     assert (first["link"], first["loss/align/hidden"] < 1e-9) == ("m", True)
+
+
+LAYOUTS = {
+    "s": {"zero": 3},  # two copies
+    "m": {"engine": "megatron", "pipeline": 2, "micro_batches": 2},  # with an aligned layer on the first stage
+    "l": {"tensor": 2, "sequence": True},
+}
+
+
+def test_links_on_different_layouts_train_as_one_process(recipe: Path, reference: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    for link in content["links"]:
+        link["parallel"] = LAYOUTS[link["model"].removesuffix(".json")]
+    content["links"][2]["align"]["tensor"] = content["links"][2]["distill"]["tensor"] = 2
+    mixed = recipe.with_name("mixed.yaml")
+    mixed.write_text(yaml.safe_dump({**content, "controls": []}))
+    run_dir = tmp_path / "run"
+    done = compt("train", mixed, "--run-dir", run_dir, folder=tmp_path, world=2)
+    assert done.codes == [0, 0], done
+    for name in LAYOUTS:
+        assert tiny.losses(run_dir, name) == pytest.approx(tiny.losses(reference, name), rel=1e-3)
+        entry, expected = tiny.entries(run_dir)[name], tiny.entries(reference)[name]
+        assert (entry["samples"], entry["macs"]) == (expected["samples"], expected["macs"])
+        assert _held_out(entry) == pytest.approx(_held_out(expected), rel=1e-3)
+        assert entry["align_at_step0"].keys() == expected["align_at_step0"].keys()
+        assert max(entry["align_at_step0"].values(), default=0) < 1e-9
 
 
 def test_killed_it_ends_with_the_same_weights(recipe: Path, reference: Path, tmp_path: Path) -> None:
