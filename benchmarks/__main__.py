@@ -20,7 +20,7 @@ BENCHMARKS = {
     "memory_model": "the planner's memory against measured towers and DeepSpeed runs; 3 min",
     "giant_layouts": "layouts, memory and predicted time of the giant ViTs on 8 to 512 GPUs; 10 s",
     "language_memory": "the planner's memory against measured small language models; 1 min",
-    "language_layouts": "cost, layouts, memory and predicted time of the chains of language models on 8 to 512 GPUs; 1 min",
+    "language_layouts": "cost, layouts, memory, predicted time of chains of language models on 8 to 512 GPUs; 1 min",
     "communication": "what a step of each layout sends, counted, against the planner's formulas; 5 min",
     "train_step": "a training step of both engines against a bare loop and open_clip's trainer; 15 min",
     "layouts": "losses and gradients of every layout of four processes against one process; an hour",

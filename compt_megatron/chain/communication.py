@@ -105,11 +105,11 @@ def _tensor(workload: Workload, layout: ParallelSettings, world: int) -> Iterato
                 ends = m  # of the two ends, the first stage's, which has the embedding too
             yield Traffic(f"{name} ends", "tensor", ends * ring(size) * whole, ends, size, 1)
     if layout.sequence:
-        whole = [param for param in workload.spec.params.values() if param.tower and param.tensor_dim is None]
-        calls = sum(param.stage == "layer" for param in whole) / layout.pipeline
+        unsplit = [param for param in workload.spec.params.values() if param.tower and param.tensor_dim is None]
+        calls = sum(param.stage == "layer" for param in unsplit) / layout.pipeline
         elements = workload.counts.whole_on_rank(layout)
         if language:  # the final norm sees a rank's own tokens
-            behind = [param.numel for param in whole if param.stage == "post"]
+            behind = [param.numel for param in unsplit if param.stage == "post"]
             calls, elements = calls + len(behind), elements + sum(behind)
         sent = m * 2 * ring(size) * elements * workload.element
         yield Traffic("gradients of norms", "tensor", sent, m * calls, size, 1)
