@@ -16,10 +16,11 @@ open_clip's trainer gets the fused AdamW as well, which its command line does no
 with autocast (its --precision amp_bf16) and with weights in bf16 (pure_bf16, whose moments are bf16, half of ours).
 All have the whole optimizer state (zero: 0); `deepspeed zero 1` is the recipes' default, made for several processes.
 
-All take a step in turn, A B C A B C ..., and a ratio is taken within a round, so that a machine whose speed drifts
-slows both sides. CPU seconds of the process are what an idle machine's clock would show and what the bars are held
-to; wall seconds stand beside them. Bars: at most 1.10 times the bare loop's step, at least the throughput of
-open_clip's trainer. Results: benchmarks/results/train_step.json, by precision.
+Each has a process of its own, so that what one settles for its process (ours keep their freed memory, see
+compt_megatron/heap.py) is not the others' too. All take a step in turn, A B C A B C ..., and a ratio is taken within a
+round, so that a machine whose speed drifts slows both sides. CPU seconds of the process are what an idle machine's
+clock would show and what the bars are held to; wall seconds stand beside them. Bars: at most 1.10 times the bare loop's
+step, at least the throughput of open_clip's trainer. Results: benchmarks/results/train_step.json, by precision.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import statistics
@@ -34,9 +36,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -215,33 +219,73 @@ def trainer_step(spec: ModelSpec, teacher_spec: ModelSpec | None, batch: Batch, 
 
 def contenders(
     spec: ModelSpec, teacher: ModelSpec | None, batch: Batch, precision: str, start: Path
-) -> dict[str, Step]:
-    """Everybody who takes part, ready to step."""
-    found = {}
+) -> dict[str, Callable[[], Step]]:
+    """Everybody who takes part: what makes each ready to step."""
+    found: dict[str, Callable[[], Step]] = {}
     for name, engine, zero in OURS:
         if zero or (engine, precision) != ("deepspeed", "bf16"):  # whose Adam would run a step ahead
-            found[name] = engine_step(engine, zero, spec, teacher, batch, precision, start)
+            found[name] = partial(engine_step, engine, zero, spec, teacher, batch, precision, start)
     if teacher is None:
-        found["bare loop"] = bare_step(spec, batch, precision)
+        found["bare loop"] = partial(bare_step, spec, batch, precision)
     for word in ["fp32"] if precision == "fp32" else ["amp_bf16", "pure_bf16"]:
-        found[f"open_clip {word}"] = trainer_step(spec, teacher, batch, word)
+        found[f"open_clip {word}"] = partial(trainer_step, spec, teacher, batch, word)
     return found
+
+
+class Taken(NamedTuple):
+    """A step that a contender took."""
+
+    loss: float
+    cpu: float
+    wall: float
+
+
+class Contender:
+    """A process that takes a step when it is told to. Forked, so that it need not import everything again."""
+
+    def __init__(self, make: Callable[[], Step]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(make, other), daemon=True)
+        self._process.start()
+        other.close()
+
+    def step(self) -> Taken:
+        """Raises EOFError where the process has ended; its error is on stderr."""
+        self._pipe.send(True)
+        return self._pipe.recv()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._pipe.send(False)
+        self._process.join()
+
+
+def _serve(make: Callable[[], Step], pipe: Connection) -> None:
+    step = make()
+    while pipe.recv():
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
+        loss = step()
+        pipe.send(Taken(loss, time.process_time() - cpu_start, time.perf_counter() - wall_start))
 
 
 # -- the measurement ---------------------------------------------------------------------------------------------------
 
 
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, Any]:
-    """One step of each that is not counted, then `rounds` rounds of one step of each."""
-    first = {name: step() for name, step in steps.items()}
+def measure(makers: dict[str, Callable[[], Step]], rounds: int) -> dict[str, Any]:
+    """Two steps of each that are not counted, then `rounds` rounds of one step of each."""
+    steps = {name: Contender(make) for name, make in makers.items()}
+    first = {name: each.step().loss for name, each in steps.items()}
+    for each in steps.values():
+        each.step()
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     wall: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, step in steps.items():
-            wall_start, cpu_start = time.perf_counter(), time.process_time()
-            step()
-            cpu[name].append(time.process_time() - cpu_start)
-            wall[name].append(time.perf_counter() - wall_start)
+        for name, each in steps.items():
+            taken = each.step()
+            cpu[name].append(taken.cpu)
+            wall[name].append(taken.wall)
+    for each in steps.values():
+        each.close()
     ratios = {}
     engines = [name for name, *_ in OURS if name in steps]
     for ours in engines:
@@ -321,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         for setting in [options.setting] if options.setting else ["task", "distilled"]:
             steps = contenders(spec, teacher if setting == "distilled" else None, batch, precision, start)
             if options.profile:
-                profile(steps[options.profile])
+                profile(steps[options.profile]())
                 continue
             found[setting] = measure(steps, 1 if options.smoke else options.rounds)
             show(setting, found[setting])
