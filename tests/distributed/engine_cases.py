@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,16 @@ def write_start(path: Path, config: dict[str, Any] = CONFIG) -> Path:
     return write_fresh(spec_from_config(config, "tiny"), path, seed=3)
 
 
-def state_of(engine: Any) -> dict[str, torch.Tensor]:
-    """Full masters and first moments by the student's parameter names. Collective."""
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def state_of(engine: Any, kinds: Sequence[str] = KINDS) -> dict[str, torch.Tensor]:
+    """Full masters and moments by the student's parameter names. Collective: one gather a tensor, so ask for few."""
     state = {}
     for name, param in engine._student.named_parameters():
-        state[name] = engine._state.master(param).clone()
-        state[f"exp_avg/{name}"] = engine._state.moment(param, "exp_avg").clone()
-        state[f"exp_avg_sq/{name}"] = engine._state.moment(param, "exp_avg_sq").clone()
+        for kind in kinds:
+            value = engine._state.master(param) if kind == "weight" else engine._state.moment(param, kind)
+            state[name if kind == "weight" else f"{kind}/{name}"] = value.clone()
     return state
 
 
