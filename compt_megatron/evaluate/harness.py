@@ -194,7 +194,8 @@ def _results(found: dict[str, Any]) -> Results:
 def _quiet() -> Iterator[None]:
     """Bars and remarks on stderr, where that is a terminal; stdout is the caller's."""
     logger = logging.getLogger("lm_eval")
-    before, logger.level = logger.level, logging.ERROR
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with hidden, redirect_stdout(sys.stderr):
