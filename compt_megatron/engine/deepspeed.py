@@ -15,6 +15,7 @@ from compt_megatron.data.batch import Batch
 from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.engine.cached_gradients import CachedGradients, forward_without_graph
 from compt_megatron.engine.contract import AnyBatch
+from compt_megatron.engine.losses import LossOf, Shares
 from compt_megatron.engine.optimizer import build_optimizer
 from compt_megatron.engine.run_checkpoint import RunCheckpoint
 from compt_megatron.engine.student import (
@@ -27,7 +28,7 @@ from compt_megatron.engine.student import (
     step_factors_of,
     sum_sequence_gradients,
 )
-from compt_megatron.engine.training_step import LossOf, Shares, TrainingEngine
+from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.engine.zero_config import deepspeed_config
 from compt_megatron.engine.zero_state import ZeroState
 from compt_megatron.models.clip import MAX_LOG_SCALE

@@ -19,6 +19,7 @@ from compt_megatron.data.batch import Batch
 from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.engine.cached_gradients import CachedGradients
 from compt_megatron.engine.contract import AnyBatch
+from compt_megatron.engine.losses import LossOf, Shares
 from compt_megatron.engine.megatron_optimizer import MegatronStep
 from compt_megatron.engine.megatron_state import MegatronState
 from compt_megatron.engine.run_checkpoint import Held, RunCheckpoint
@@ -30,7 +31,7 @@ from compt_megatron.engine.student import (
     logit_scale_of,
     sum_sequence_gradients,
 )
-from compt_megatron.engine.training_step import LossOf, Shares, TrainingEngine
+from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.megatron_cpu import use_cpu_in_training
 from compt_megatron.models.part import ModelPart

@@ -38,7 +38,7 @@ def _run_one(runtime: Any, start: Path, parallel: dict[str, Any], bucket: int) -
     megatron_optimizer._start_the_rest = watched
     try:
         engine = engine_of(runtime, parallel, aligned=True, config=CONFIG)
-        engine.alignment = Alignment(weight=0.7, end_step=ALIGNED)
+        engine.losses.alignment = Alignment(weight=0.7, end_step=ALIGNED)
         engine.load(start)
         place = engine.topology
         losses = [
