@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' helpers are not installed
 
 from compt_megatron.errors import UserError  # noqa: E402
-from compt_megatron.recipe.sections import ParallelSettings  # noqa: E402
+from compt_megatron.recipe.parallel_section import ParallelSettings  # noqa: E402
 from tests.distributed.communication_cases import Counted, Found, count, predicted  # noqa: E402
 from tests.distributed.engine_cases import write_start  # noqa: E402
 from tests.distributed.layout_cases import CONFIG, layout  # noqa: E402

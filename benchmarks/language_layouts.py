@@ -22,7 +22,7 @@ from compt_megatron.chain.planner import SCALES, MemberPlan, Plan, make_plan
 from compt_megatron.chain.workload import ParameterCounts
 from compt_megatron.observe.numbers import human
 from compt_megatron.recipe.load import load_recipe
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.families import load_spec
 from compt_megatron.spec.table import ModelSpec
 

@@ -36,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 from compt_megatron.chain.memory import estimate, kept_activations  # noqa: E402
 from compt_megatron.chain.workload import Workload  # noqa: E402
-from compt_megatron.recipe.sections import OptimizerSettings, ParallelSettings  # noqa: E402
+from compt_megatron.recipe.parallel_section import ParallelSettings  # noqa: E402
+from compt_megatron.recipe.sections import OptimizerSettings  # noqa: E402
 from compt_megatron.spec.families import spec_from_config  # noqa: E402
 from compt_megatron.spec.table import ModelSpec  # noqa: E402
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 
 _FP32 = 4
 # DeepSpeed's defaults: elements of a weight that its stage 3 never lets go within a step (stage3_param_persistence_

@@ -34,7 +34,8 @@ from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import load_canonical
 from compt_megatron.observe.console import Console
 from compt_megatron.observe.metrics import RunLog
-from compt_megatron.recipe.sections import DataSettings, EvaluateSettings
+from compt_megatron.recipe.data_section import DataSettings
+from compt_megatron.recipe.sections import EvaluateSettings
 from compt_megatron.share import total
 from compt_megatron.spec.table import ModelSpec
 

@@ -14,7 +14,7 @@ from compt_megatron.chain.workload import Workload
 from compt_megatron.checkpoint.contract import Layout
 from compt_megatron.checkpoint.megatron_layout import MOST_RANKS
 from compt_megatron.checkpoint.megatron_layout import obstacle as files_obstacle
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.table import ModelSpec
 
 _CHUNKS = (1, 2, 3, 4)  # virtual sizes that are proposed

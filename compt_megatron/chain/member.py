@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from compt_megatron.data.tar_reader import is_local
+from compt_megatron.recipe.data_section import TEXT_FIELDS
+from compt_megatron.recipe.link_sections import AlignSettings, DistillSettings, GrowSettings
 from compt_megatron.recipe.schema import Control, Link, Recipe, Settings
-from compt_megatron.recipe.sections import TEXT_FIELDS, AlignSettings, DistillSettings, GrowSettings
 from compt_megatron.spec.cost import at_length, head_macs, sample_macs
 from compt_megatron.spec.families import load_spec
 from compt_megatron.spec.table import ModelSpec

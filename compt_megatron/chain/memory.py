@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from compt_megatron.chain.workload import Workload, data_ranks, is_cached, micro_batch_rows
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.table import ModelSpec, Tower
 
 # DeepSpeed's defaults: elements of its reduce bucket, which has that size however small the model is, and of weights

@@ -20,7 +20,7 @@ from typing import Any
 from compt_megatron.chain.communication import forwards, traffic
 from compt_megatron.chain.hardware import Hardware
 from compt_megatron.chain.workload import Workload, data_ranks, micro_batch_rows
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 
 _BACKWARD = 2  # in forward passes
 

@@ -11,7 +11,7 @@ from compt_megatron.data.text.source import BUILT_IN, PADDING, TextSource
 from compt_megatron.data.text.tokenizer import find_tokenizer
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import expanded
-from compt_megatron.recipe.sections import AlignSettings
+from compt_megatron.recipe.link_sections import AlignSettings
 from compt_megatron.spec.table import ModelSpec
 
 

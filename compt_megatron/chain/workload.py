@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from compt_megatron.chain.member import Member, couples_rows
-from compt_megatron.recipe.sections import ParallelSettings, Precision
+from compt_megatron.recipe.parallel_section import ParallelSettings
+from compt_megatron.recipe.section import Precision
 from compt_megatron.spec.cost import forward_macs, head_macs
 from compt_megatron.spec.megatron_names import megatron_place
 from compt_megatron.spec.table import ModelSpec, Param, Tower

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compt_megatron.engine.training_step import TrainingEngine
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 
 
 def engine_class(parallel: ParallelSettings) -> type[TrainingEngine]:

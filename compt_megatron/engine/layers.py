@@ -13,7 +13,7 @@ from compt_megatron.errors import UserError
 from compt_megatron.models import transformer_engine
 from compt_megatron.models.block import LayerKind
 from compt_megatron.models.part import ModelPart
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.table import ModelSpec
 
 _DEVICE = "cuda"  # where Transformer Engine works

@@ -18,7 +18,7 @@ from compt_megatron.models.build import build_language_model, build_model
 from compt_megatron.models.clip import ClipModel
 from compt_megatron.models.language import LanguageModel, layer_key
 from compt_megatron.models.part import ModelPart
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.megatron_names import OUTPUT_LAYER
 from compt_megatron.spec.table import ModelSpec
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compt_megatron.errors import UserError
-from compt_megatron.recipe.sections import OptimizerSettings, ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
+from compt_megatron.recipe.sections import OptimizerSettings
 
 
 def deepspeed_config(

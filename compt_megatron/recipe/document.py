@@ -10,22 +10,18 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from compt_megatron.recipe.data_section import Augmentation, DataSettings, TextData
+from compt_megatron.recipe.link_sections import AlignSettings, DistillSettings, GrowSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.recipe.problems import annotated, describe
 from compt_megatron.recipe.schema import Control, Link, Member, Recipe
 from compt_megatron.recipe.sections import (
-    AlignSettings,
-    Augmentation,
     CheckpointSettings,
-    DataSettings,
-    DistillSettings,
     EvaluateSettings,
-    GrowSettings,
     HarnessSettings,
     ObjectiveSettings,
     OptimizerSettings,
-    ParallelSettings,
     ReportSettings,
-    TextData,
 )
 
 _INTRO = """# Recipes

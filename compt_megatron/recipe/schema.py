@@ -9,23 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from compt_megatron.recipe.data_section import DataSettings
 from compt_megatron.recipe.files import model_stem
+from compt_megatron.recipe.link_sections import AlignSettings, DistillSettings, GrowSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
+from compt_megatron.recipe.section import Positive, PositiveNumber, Precision, Section, Seed
 from compt_megatron.recipe.sections import (
-    AlignSettings,
     CheckpointSettings,
-    DataSettings,
-    DistillSettings,
     EvaluateSettings,
-    GrowSettings,
     ObjectiveSettings,
     OptimizerSettings,
-    ParallelSettings,
-    Positive,
-    PositiveNumber,
-    Precision,
     ReportSettings,
-    Section,
-    Seed,
 )
 
 Overrides = dict[str, Any]  # a partial section, merged over the recipe's own

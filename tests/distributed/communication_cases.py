@@ -15,7 +15,8 @@ import torch.distributed as dist
 from compt_megatron.chain.communication import Traffic, ring, traffic
 from compt_megatron.chain.workload import BYTES, Workload, data_ranks
 from compt_megatron.models.part import ModelPart
-from compt_megatron.recipe.sections import ParallelSettings, Precision
+from compt_megatron.recipe.parallel_section import ParallelSettings
+from compt_megatron.recipe.section import Precision
 from compt_megatron.spec.cost import at_length
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from compt_megatron.errors import UserError
-from compt_megatron.recipe.sections import OptimizerSettings, ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
+from compt_megatron.recipe.sections import OptimizerSettings
 from tests.distributed.engine_cases import engine_of, rank_batch, write_start
 from tests.distributed.spawn import run_ranks
 

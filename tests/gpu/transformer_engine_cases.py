@@ -25,7 +25,7 @@ from compt_megatron.models.groups import ensure_groups, lone_groups
 from compt_megatron.models.layer_check import _block
 from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import load_canonical
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.families import load_spec, spec_from_config
 from compt_megatron.spec.random import initial
 from compt_megatron.spec.table import ModelSpec

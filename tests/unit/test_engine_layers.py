@@ -18,7 +18,7 @@ from compt_megatron.chain import doctor
 from compt_megatron.engine.layers import Layers, choose_layers
 from compt_megatron.errors import UserError
 from compt_megatron.models import transformer_engine
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.families import spec_from_config
 from tests.distributed.engine_cases import CONFIG
 from tests.unit.transformer_engine_standin import SOURCE, write

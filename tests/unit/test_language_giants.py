@@ -21,7 +21,7 @@ from compt_megatron.chain.workload import ParameterCounts, Workload
 from compt_megatron.cli import main
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.load import load_recipe
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.cost import head_macs, sample_macs
 from compt_megatron.spec.families import load_spec, spec_from_config
 from tests.distributed.spawn import run_ranks

@@ -21,7 +21,7 @@ from compt_megatron.chain.step_time import step_time
 from compt_megatron.chain.workload import ParameterCounts, Workload, data_ranks
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.load import load_recipe, recipe_from
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.families import load_spec
 from compt_megatron.spec.megatron_names import place_on_rank
 

@@ -22,7 +22,7 @@ from compt_megatron.models.build import build_language_model, build_model
 from compt_megatron.models.groups import ensure_groups
 from compt_megatron.models.part import ModelPart
 from compt_megatron.models.state import canonical_state, load_canonical
-from compt_megatron.recipe.sections import ParallelSettings
+from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.spec.families import spec_from_config
 from compt_megatron.spec.table import ModelSpec
 from tests.distributed.engine_cases import CONFIG, engine_of, rank_batch, start_weights, write_start
