@@ -1,7 +1,8 @@
 """Compile the kernels, once for each state of their sources: for CUDA, and for the emulator that tests run them on.
 
-`python -m compt_kernels.build` (or `make kernels`) compiles for CUDA ahead of the first use. Objects and libraries are
-cached under $COMPT_KERNELS_CACHE, else ~/.cache/compt_kernels, by the hash of what they are made of.
+`python -m compt_kernels.build` (or `make kernels`) compiles for CUDA ahead of the first use, and fails where registers
+spill. Objects and libraries are cached under $COMPT_KERNELS_CACHE, else ~/.cache/compt_kernels, by the hash of what
+they are made of.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from compt_kernels import ptxas
 
 PACKAGE = Path(__file__).resolve().parent
 ARCHITECTURES = (80, 90, 100)  # the last one also as PTX, for devices that come later
@@ -62,8 +65,7 @@ def emulated_toolchain(*flags: str) -> Toolchain:
         "-x",
         "c++",
         "-std=c++20",
-        "-O2",
-        "-g1",
+        "-O1",
         "-fPIC",
         "-fvisibility=hidden",
         "-pthread",
@@ -137,6 +139,18 @@ def compile_file(toolchain: Toolchain, source: Path) -> Path:
         report = _run_into(target, [*command, "-c", str(source)])
         report_of(target).write_text(report)
     return target
+
+
+def spilled(toolchain: Toolchain) -> list[str]:
+    """What the compiler says of kernels whose registers do not suffice, a line each; compiles what has changed."""
+    reports = [report_of(compile_file(toolchain, source)) for source in sources() if source.suffix == ".cu"]
+    return [
+        f"{kernel.name} for {kernel.architecture} has a stack of {kernel.stack} bytes, spills {kernel.spill_stores} "
+        f"and reads {kernel.spill_loads}"
+        for report in reports
+        for kernel in ptxas.kernels(report.read_text())
+        if kernel.stack or kernel.spill_stores or kernel.spill_loads
+    ]
 
 
 def _with_includes(source: Path) -> list[Path]:
@@ -216,11 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         architectures = [int(a) for a in options.architectures.split(",")]
-        print(build(emulated_toolchain() if options.emulated else cuda_toolchain(architectures)))
+        toolchain = emulated_toolchain() if options.emulated else cuda_toolchain(architectures)
+        print(build(toolchain))
+        bad = [] if options.emulated else spilled(toolchain)
     except BuildError as error:
         print(f"compt_kernels: {error}", file=sys.stderr)
         return 1
-    return 0
+    for line in bad:
+        print(f"compt_kernels: {line}", file=sys.stderr)
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

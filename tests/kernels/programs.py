@@ -12,9 +12,9 @@ from pathlib import Path
 from compt_kernels.build import PACKAGE, compile_file, emulated_toolchain
 
 HERE = Path(__file__).parent
-PLAIN = ("-O1",)
-ADDRESS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-THREADS = ("-O1", "-fsanitize=thread", "-DEMULATOR_THREADS")
+PLAIN: tuple[str, ...] = ()
+ADDRESS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREADS = ("-g1", "-fsanitize=thread", "-DEMULATOR_THREADS")
 
 
 @dataclass(frozen=True)

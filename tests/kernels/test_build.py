@@ -1,4 +1,4 @@
-"""The kernels compile for every architecture without spilling registers, once, and say what is missing where it is."""
+"""The kernels compile without spilling registers, once, and say what is missing where it is."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ def nvcc() -> str | None:
         return None
 
 
+ARCHITECTURES = (90,)  # one of those that `make kernels` compiles for, and checks: each takes half a minute
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="needs nvcc; this machine has none")
 
 
 @needs_nvcc
 @pytest.mark.timeout(900)
-def test_no_kernel_spills_on_any_architecture() -> None:
-    """Every .cu for every target, as `make kernels` compiles it; the objects are those that it links."""
-    toolchain = build.cuda_toolchain()
+def test_no_kernel_spills() -> None:
+    """Every .cu; the objects are those that are linked below."""
+    toolchain = build.cuda_toolchain(ARCHITECTURES)
     found = []
     for source in build.sources():
         if source.suffix == ".cu":
             kernels = ptxas.kernels(build.report_of(build.compile_file(toolchain, source)).read_text())
             defined = len(re.findall(r"__global__", source.read_text()))
             architectures = {kernel.architecture for kernel in kernels}
-            assert not defined or architectures == {f"sm_{a}" for a in build.ARCHITECTURES}, source.name
+            assert not defined or architectures == {f"sm_{a}" for a in ARCHITECTURES}, source.name
             found += kernels
     assert found
-    bad = [kernel for kernel in found if kernel.stack or kernel.spill_stores or kernel.spill_loads]
-    assert not bad, bad
+    assert build.spilled(toolchain) == []
 
 
 @needs_nvcc
 @pytest.mark.timeout(900)
 def test_the_library_loads_without_a_gpu() -> None:
     """Whatever torch is installed: one library on torch's stable ABI, whose one CUDA symbol of torch is weak."""
-    library = build.build(build.cuda_toolchain())
+    library = build.build(build.cuda_toolchain(ARCHITECTURES))
     torch.ops.load_library(str(library))
     symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
     assert re.search(r" w aoti_torch_get_current_cuda_stream", symbols)
@@ -52,16 +52,32 @@ def test_the_library_loads_without_a_gpu() -> None:
     assert not foreign, foreign  # C++ symbols of torch are not stable
 
 
-def test_a_report_of_spills_is_read() -> None:
-    report = """
+SPILLS = """
 ptxas info    : Compiling entry function '_Z1kv' for 'sm_90'
 ptxas info    : Function properties for _Z1kv
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers
 """
-    assert ptxas.kernels(report) == [ptxas.Kernel("_Z1kv", "sm_90", 255, 8, 4, 12)]
+
+
+def test_a_report_of_spills_is_read() -> None:
+    assert ptxas.kernels(SPILLS) == [ptxas.Kernel("_Z1kv", "sm_90", 255, 8, 4, 12)]
     with pytest.raises(ValueError, match="no figures"):
-        ptxas.kernels(report.replace("Used", ""))
+        ptxas.kernels(SPILLS.replace("Used", ""))
+
+
+def test_a_build_with_spills_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a compiler that makes nothing and reports what ptxas would."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\nfor target; do :; done; touch $target\ncat <<'END'\n{SPILLS}\nEND\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("COMPT_KERNELS_CACHE", str(tmp_path / "cache"))
+    command = (str(compiler),)
+    monkeypatch.setattr(build, "cuda_toolchain", lambda _: build.Toolchain("cuda", command, command, command))
+    assert build.main(["--architectures", "90"]) == 1
+    assert "_Z1kv for sm_90 has a stack of 8 bytes, spills 4 and reads 12" in capsys.readouterr().err
 
 
 def test_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
