@@ -17,7 +17,7 @@ from tests.distributed.engine_cases import engine_of, joined, pieces_of, whole_b
 from tests.distributed.layout_cases import CONFIG, Case, Ran, State, distance, gradient, layout, of, outcomes, uneven
 from tests.distributed.spawn import run_ranks
 
-STEPS, LR = 3, 1e-3
+STEPS, LR = 2, 1e-3
 BF16 = [
     layout("megatron", 1, 2, 2, micro_batches=2),
     layout("megatron", 2, 1, zero=0, sequence=True),
