@@ -125,15 +125,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             counts = weights[rows].to(dtype)
-            logits = (hidden[rows] @ matrix.t()).to(dtype)
-            log_z, target, own = _log_z(logits, targets[rows] - head.first, head)
-            entropy += (counts * (log_z - target)).sum()
+            found = _exponentiate((hidden[rows] @ matrix.t()).to(dtype), targets[rows] - head.first, head)
+            log_z = found.log_z
+            entropy += (counts * (log_z - found.target)).sum()
             z += (counts * z_loss * log_z.square()).sum()
             if to_hidden is None and to_weight is None:
                 continue
-            slope = (logits - log_z[:, None]).exp_()  # softmax
-            slope *= (counts * (1 + 2 * z_loss * log_z))[:, None]
-            slope.scatter_add_(1, own.column[:, None], -(counts * own.here)[:, None])
+            slope = found.exponentials  # over their sum: the softmax
+            slope *= (counts * (1 + 2 * z_loss * log_z) / found.sums)[:, None]
+            slope.scatter_add_(1, found.column[:, None], -(counts * found.here)[:, None])
             slope = slope.to(hidden.dtype)
             if to_hidden is not None:
                 to_hidden[rows] = slope @ matrix
@@ -157,23 +157,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-class _Own(NamedTuple):
-    """Of targets: the column of this rank's logits, and 1.0 where it has one (else column 0, and 0.0)."""
+class _Exponentials(NamedTuple):
+    """Of rows of logits, `exponentials` [rows, this rank's entries] is exp(logit - the row's largest).
 
+    `sums` of them, log Z and the target's logit, [rows] each, are over the vocabulary of all ranks. `column`: of this
+    rank's logits the target's, and `here` 1.0, where it has that (else column 0, and 0.0).
+    """
+
+    exponentials: Tensor
+    sums: Tensor
+    log_z: Tensor
+    target: Tensor
     column: Tensor
     here: Tensor
 
 
-def _log_z(logits: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor, _Own]:
-    """log Z and the target's logit, [rows] each, over the vocabulary of all ranks; targets count from this rank's
-    first entry."""
-    here = (targets >= 0) & (targets < head.rows)
-    own = _Own(torch.where(here, targets, 0), here.to(logits.dtype))
-    found = logits.gather(1, own.column[:, None])[:, 0] * own.here
-    if head.group is None:
-        return logits.logsumexp(dim=1), found, own
+def _exponentiate(logits: Tensor, targets: Tensor, head: Head) -> _Exponentials:
+    """In place of `logits`. targets [rows] count from this rank's first entry."""
+    inside = (targets >= 0) & (targets < head.rows)
+    column, here = torch.where(inside, targets, 0), inside.to(logits.dtype)
+    target = logits.gather(1, column[:, None])[:, 0] * here
     top = logits.amax(dim=1)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=head.group)
-    sums = torch.stack([(logits - top[:, None]).exp_().sum(dim=1), found])
-    dist.all_reduce(sums, group=head.group)
-    return sums[0].log() + top, sums[1], own
+    if head.group is not None:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=head.group)
+    sums = logits.sub_(top[:, None]).exp_().sum(dim=1)
+    if head.group is not None:
+        both = torch.stack([sums, target])
+        dist.all_reduce(both, group=head.group)
+        sums, target = both.unbind()
+    return _Exponentials(logits, sums, sums.log() + top, target, column, here)
