@@ -136,16 +136,13 @@ def state_of(engine: Any, kinds: Sequence[str] = KINDS) -> dict[str, torch.Tenso
 Pieces = list[tuple[str, tuple[slice, ...], torch.Tensor]]
 
 
-def pieces_of(engine: Any) -> Pieces:
-    """What this rank has of weights (fp32 masters) and moments, by canonical names: name, region, values."""
+def pieces_of(engine: Any, kinds: Sequence[str] = KINDS) -> Pieces:
+    """What this rank has of weights (masters) and moments, by canonical names: name, region, values. Collective."""
     checkpoint, found = engine._checkpoint, []
     for held in checkpoint._held:
-        values = {"weight": engine._state.master(held.param)}
-        values |= {key: engine._state.moment(held.param, key) for key in ("exp_avg", "exp_avg_sq")}
-        for prefix, value in values.items():
-            found += [
-                (f"{prefix}/{name}", region, part.clone()) for name, region, part in checkpoint._mine(held, value)
-            ]
+        for kind in kinds:
+            value = engine._state.master(held.param) if kind == "weight" else engine._state.moment(held.param, kind)
+            found += [(f"{kind}/{name}", region, part.clone()) for name, region, part in checkpoint._mine(held, value)]
     return found
 
 

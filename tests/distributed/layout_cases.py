@@ -48,7 +48,8 @@ class Case:
 @dataclass
 class Ran:
     """What came of a case: losses with their parts, gradient norms, masters and moments after the first and the last
-    step by canonical names (`weight/...`, `exp_avg/...`), features of a batch, optimizer steps counted."""
+    step by canonical names (`weight/...`, `exp_avg/...`; `exp_avg_sq/...` after the last alone), features of a batch,
+    optimizer steps counted."""
 
     losses: list[tuple[float, ...]]
     norms: list[float]
@@ -82,7 +83,7 @@ def _train_one(runtime: Any, start: Path, case: Case) -> Ran:
         losses.append((result.loss, *(result.parts[name] for name in sorted(result.parts))))
         norms.append(result.grad_norm)
         if step == 0:
-            first = pieces_of(engine)
+            first = pieces_of(engine, ["weight", "exp_avg"])
     seconds = perf_counter() - began
     features = _features(engine, whole_batch(99, case.config))
     found = Ran(losses, norms, first, pieces_of(engine), features, engine._state.step, seconds)

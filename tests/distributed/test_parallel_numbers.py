@@ -134,7 +134,7 @@ class Guarded:
     before: Any
     after: dict[str, Any]  # the state after each of BAD
     skipped: dict[str, bool]
-    good: Any  # the state after one more step
+    good: Any  # the weights after one more step
     good_loss: float
     good_skipped: bool
     scales: list[list[float]]  # the logit scale's master and weight, both ends, where the rank has it
@@ -170,7 +170,7 @@ def _guarded(runtime: Any, start: Path, parallel: dict[str, Any], precision: str
         hook.remove()
     after["gradient of one rank"] = pieces_of(engine)
     result = step(3)
-    good = pieces_of(engine)
+    good = pieces_of(engine, ["weight"])
     scales = [_scale_after(engine, step, value) for value in (9.0, -9.0)]
     found = Guarded(before, after, skipped, good, result.loss, result.skipped, scales, uneven(engine))
     engine.close()
