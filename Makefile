@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# pip compiles what it has installed on one core, for a minute; all cores do it after it. (Templates do not compile.)
+INSTALL = $(BIN)/pip install --quiet --no-compile
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
@@ -38,11 +41,13 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[train]'
+	$(INSTALL) --editable '.[train]'
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[train,data,llm,dev]'
+	$(INSTALL) --editable '.[train,data,llm,dev]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.train
 
 docs: $(VENV)/.python
