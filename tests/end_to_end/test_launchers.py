@@ -13,14 +13,14 @@ import pytest
 from tests.end_to_end import tiny
 from tests.end_to_end.commands import ROOT, compt, free_port, launcher_environment
 
-STEPS = 20
+STEPS = 8
 FORMS = {"deepspeed": "single_node.sh", "torchrun": "torchrun.sh"}
 
 
 @pytest.fixture(scope="module")
-def twenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of one grown and aligned link of 20 steps, and its run in one process."""
-    folder = tmp_path_factory.mktemp("twenty")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of one grown and aligned link of a few steps, and its run in one process."""
+    folder = tmp_path_factory.mktemp("launchers")
     links: list[dict[str, Any]] = [
         {"model": "s.json", "steps": STEPS},
         {"model": "m.json", "steps": STEPS, "grow": {"operator": "exact"}, "align": {"weight": 1.0}},
@@ -45,24 +45,24 @@ def launch(form: str, *arguments: str | Path, folder: Path) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_two_ranks_have_the_losses_of_one_at_every_stage(zero: int, twenty: Path, tmp_path: Path) -> None:
-    done = compt("train", twenty, "--run-dir", tmp_path / "run", f"parallel.zero={zero}", folder=tmp_path, world=2)
+def test_two_ranks_have_the_losses_of_one_at_every_stage(zero: int, recipe: Path, tmp_path: Path) -> None:
+    done = compt("train", recipe, "--run-dir", tmp_path / "run", f"parallel.zero={zero}", folder=tmp_path, world=2)
     assert done.codes == [0, 0], done
-    assert_same_losses(tmp_path / "run", twenty.parent / "one")
+    assert_same_losses(tmp_path / "run", recipe.parent / "one")
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_launched_ranks_have_the_losses_of_one(form: str, twenty: Path, tmp_path: Path) -> None:
-    done = launch(form, twenty, "--run-dir", tmp_path / "run", "parallel.zero=2", folder=tmp_path)
+def test_launched_ranks_have_the_losses_of_one(form: str, recipe: Path, tmp_path: Path) -> None:
+    done = launch(form, recipe, "--run-dir", tmp_path / "run", "parallel.zero=2", folder=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert_same_losses(tmp_path / "run", twenty.parent / "one")
+    assert_same_losses(tmp_path / "run", recipe.parent / "one")
     chain = tiny.ledger(tmp_path / "run")
     assert chain["machine"]["world"] == 2
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
-def test_a_mistake_under_a_launcher_is_said_once(twenty: Path, tmp_path: Path) -> None:
-    failed = launch("torchrun", twenty, "--run-dir", tmp_path / "run", "data.batch_size=33", folder=tmp_path)
+def test_a_mistake_under_a_launcher_is_said_once(recipe: Path, tmp_path: Path) -> None:
+    failed = launch("torchrun", recipe, "--run-dir", tmp_path / "run", "data.batch_size=33", folder=tmp_path)
     assert failed.returncode != 0
     said = [line for line in (failed.stdout + failed.stderr).splitlines() if line.startswith("compt:")]
     assert len(said) == 1, failed.stderr
