@@ -37,5 +37,11 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def aligned(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised matrix on the device of `like`, whose rows start at multiples of eight elements."""
-    return like.new_empty((rows, -(-columns // 8) * 8), dtype=dtype)[:, :columns]
+    """An uninitialised matrix on the device of `like`, whose rows start at multiples of eight elements.
+
+    What lies between the rows is 0: oneDNN's bf16 product for CPUs with AMX multiplies it by 0, and a NaN there would
+    make every row NaN.
+    """
+    buffer = like.new_empty((rows, -(-columns // 8) * 8), dtype=dtype)
+    buffer[:, columns:] = 0
+    return buffer[:, :columns]
