@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.llm.program import Program
+from benchmarks.llm.store import Store
 from compt_megatron.chain.planner import Plan, make_plan
 from compt_megatron.observe.numbers import human, percent
 from compt_megatron.recipe.load import load_recipe
@@ -26,6 +28,7 @@ BEGIN = "<!-- figures: written by `python -m benchmarks.readme`, do not edit -->
 END = "<!-- end of figures -->"
 NOT_YET = "not measured yet"
 DEMO = "python benchmarks/chain_vs_alone.py"
+LANGUAGE_TOKENS, LANGUAGE_SEEDS = 5_000_000, (0, 1, 2)
 
 Row = tuple[str, ...]
 
@@ -124,6 +127,7 @@ def other_section(results: Path) -> str:
         *(grow_rows(peers) if (peers := _load(results, "grow_peers")) else []),
         *layout_rows(_load(results, "layouts"), _load(results, "communication")),
         *step_rows(_load(results, "train_step")),
+        *language_rows(results / "llm_chain" / "cells.jsonl"),
         *modelled_rows(),
         ("accuracy of the CC3M and Merged-15M chains", "-", NOT_YET, "`compt train cc3m`"),
         ("throughput on GPUs, scaling over nodes", "-", NOT_YET, "-"),
@@ -222,6 +226,22 @@ def step_rows(result: dict[str, Any] | None) -> list[Row]:
                 value = f"{cpu['median']:.2f} ({cpu['least']:.2f} to {cpu['most']:.2f})"
                 rows.append((what, value, known, f"`{found['command']}`"))
     return rows
+
+
+def language_rows(cells: Path) -> list[Row]:
+    """What the chain saves small language models: the first pair, and the family of three where it is measured, by the
+    default settings and the best. `cells`: cells.jsonl."""
+    command, program = "`python benchmarks/llm_chain.py`", Program(LANGUAGE_TOKENS, LANGUAGE_SEEDS, Store(cells).load())
+    rows: list[Row] = []
+    for name in ["default", *program.best()[:1]]:
+        for models, which in (("m", "link s -> m"), ("ml", "chain s -> m -> l")):
+            savings = {
+                seed: found for seed in program.seeds if (found := program.saving(models, seed, name)) is not None
+            }
+            if savings:
+                what = f"small Llamas on the built-in text, {which}, {name}: compute saved at equal losses"
+                rows.append((what, _spread([*savings.values()]), f"measured ({_seeds([*savings])})", command))
+    return rows or [("chains of language models against each alone", "-", NOT_YET, command)]
 
 
 def modelled_rows() -> list[Row]:

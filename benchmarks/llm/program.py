@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -121,3 +122,12 @@ class Program:
         if alone is None:
             return None
         return Pair(record["loss"], record["macs"]["total"], parent["macs_before"] + parent["macs"]["total"], alone)
+
+    def saving(self, models: Sequence[str], seed: int, name: str) -> float | None:
+        """The share of the compute of the family up to the last of `models` that its chain saves at equal losses; None
+        where something of that is not measured yet."""
+        pairs = [pair for model in models if (pair := self.pair(model, seed, name)) is not None]
+        if len(pairs) < len(models):
+            return None
+        base = pairs[0].before
+        return 1 - (base + sum(pair.link for pair in pairs)) / (base + sum(pair.alone.macs for pair in pairs))
