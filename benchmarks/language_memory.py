@@ -18,8 +18,6 @@ workspaces inside kernels) is not measured here.
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -34,6 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.memory_model import row, write  # noqa: E402
 from compt_megatron.chain.memory import estimate, kept_activations  # noqa: E402
 from compt_megatron.chain.workload import Workload  # noqa: E402
 from compt_megatron.recipe.parallel_section import ParallelSettings  # noqa: E402
@@ -202,12 +201,12 @@ def passes() -> dict[str, list[dict[str, Any]]]:
             for recompute in ("none", "selective", "full"):
                 what = {"model": name, "precision": precision, "recompute": recompute}
                 said, measured = predicted_kept(spec, precision, recompute), kept_bytes(spec, dtype, recompute)
-                found["kept"].append(_row(measured, said, **what))
+                found["kept"].append(row(measured, said, **what))
                 said, measured = predicted_peak(spec, precision, recompute), peak_bytes(spec, dtype, recompute)
-                found["peak"].append(_row(measured, said, **what))
+                found["peak"].append(row(measured, said, **what))
                 said = predicted_peak(spec, precision, recompute, teacher)
                 measured = peak_bytes(spec, dtype, recompute, Teaching(spec, dtype))
-                found["aligned"].append(_row(measured, said, **what))
+                found["aligned"].append(row(measured, said, **what))
                 errors = [f"{key} {100 * rows[-1]['error']:+.1f} %" for key, rows in found.items()]
                 print(f"{name:<22} {precision} {recompute:<10}", *errors, flush=True)
     return found
@@ -229,22 +228,13 @@ def states() -> list[dict[str, Any]]:
         gradients = [parameter.grad for parameter in model.parameters()]
         for what, tensors in (("weights", [*model.parameters()]), ("gradients", gradients), ("optimizer", moments)):
             measured = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            rows.append(_row(measured, getattr(memory, what), model=name, what=what))
+            rows.append(row(measured, getattr(memory, what), model=name, what=what))
     return rows
-
-
-def _row(measured: float, predicted: float, **what: Any) -> dict[str, Any]:
-    return {**what, "measured": measured, "predicted": predicted, "error": predicted / measured - 1}
 
 
 def main() -> None:
     warnings.filterwarnings("ignore", message="If you are using transformer_engine")
-    found = {**passes(), "states": states()}
-    worst = {what: max(abs(row["error"]) for row in rows) for what, rows in found.items()}
-    machine = f"{platform.machine()} CPU, torch {torch.__version__}"
-    RESULTS.write_text(json.dumps({"machine": machine, "worst_error": worst, **found}, indent=1) + "\n")
-    for what, error in worst.items():
-        print(f"{what:<8} {len(found[what])} runs, largest relative error {100 * error:.2f} %")
+    write({**passes(), "states": states()}, RESULTS)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def activations() -> list[dict[str, Any]]:
             for recompute in ("none", "selective", "full"):
                 measured = kept_bytes(spec, dtype, recompute)
                 said = predicted_kept(spec, precision, recompute)
-                rows.append(_row(measured, said, shape=name, precision=precision, recompute=recompute))
+                rows.append(row(measured, said, shape=name, precision=precision, recompute=recompute))
     return rows
 
 
@@ -131,7 +131,7 @@ def states() -> list[dict[str, Any]]:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         for what, tensors in (("weights", [*model.parameters()]), ("gradients", gradients), ("optimizer", moments)):
             measured = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            rows.append(_row(measured, getattr(memory, what), shape=name, what=what))
+            rows.append(row(measured, getattr(memory, what), shape=name, what=what))
     return rows
 
 
@@ -207,24 +207,28 @@ def zero_states(world: int = 2) -> list[dict[str, Any]]:
                     parts = {key: memory[key] for key in ("weights", "gradients", "optimizer")}
                     if zero == 3:  # its bucket stays; that of the other stages is freed behind the backward pass
                         live = [one - bucket for one in live]
-                    row = _row(max(live), sum(parts.values()), shape=name, precision=precision, zero=zero)
-                    rows.append({**row, "parameters": spec.numel, "parts": parts})
-                    print(row, flush=True)
+                    found = row(max(live), sum(parts.values()), shape=name, precision=precision, zero=zero)
+                    rows.append({**found, "parameters": spec.numel, "parts": parts})
+                    print(found, flush=True)
     return rows
 
 
-def _row(measured: float, predicted: float, **what: Any) -> dict[str, Any]:
+def row(measured: float, predicted: float, **what: Any) -> dict[str, Any]:
     return {**what, "measured": measured, "predicted": predicted, "error": predicted / measured - 1}
+
+
+def write(found: dict[str, list[dict[str, Any]]], results: Path) -> None:
+    """Keep the rows of each kind, and say how far the largest error of each is."""
+    worst = {what: max(abs(row["error"]) for row in rows) for what, rows in found.items()}
+    machine = f"{platform.machine()} CPU, torch {torch.__version__}"
+    results.write_text(json.dumps({"machine": machine, "worst_error": worst, **found}, indent=1) + "\n")
+    for what, error in worst.items():
+        print(f"{what:<12} {len(found[what])} runs, largest relative error {100 * error:.2f} %")
 
 
 def main() -> None:
     warnings.filterwarnings("ignore", message="If you are using transformer_engine")
-    found = {"activations": activations(), "states": states(), "zero": zero_states()}
-    worst = {what: max(abs(row["error"]) for row in rows) for what, rows in found.items()}
-    machine = f"{platform.machine()} CPU, torch {torch.__version__}"
-    RESULTS.write_text(json.dumps({"machine": machine, "worst_error": worst, **found}, indent=1) + "\n")
-    for what, error in worst.items():
-        print(f"{what:<12} {len(found[what])} runs, largest relative error {100 * error:.2f} %")
+    write({"activations": activations(), "states": states(), "zero": zero_states()}, RESULTS)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from compt_megatron import __version__
+from compt_megatron import cli_values as values
 from compt_megatron.cli_exit import guarded
 from compt_megatron.cli_parser import Commands, Parser, count, parse
 from compt_megatron.errors import Terminated, UserError
@@ -344,7 +344,13 @@ def build_parser() -> Parser:
         "--depth", metavar="MODE", help="where new layers come from: identity, interleave, stack, middle"
     )
     command.add_argument(
-        "--set", dest="axes", action="append", default=[], type=_axis, metavar="AXIS=MODE", help="the mode of one axis"
+        "--set",
+        dest="axes",
+        action="append",
+        default=[],
+        type=values.axis,
+        metavar="AXIS=MODE",
+        help="the mode of one axis",
     )
     command.source_config()
     command.trust_pickle()
@@ -359,7 +365,11 @@ def build_parser() -> Parser:
         "--moments", choices=("fresh", "grow"), default="fresh", help="of the optimizer: left out (default), or grown"
     )
     command.add_argument(
-        "--noise", type=_noise, default=0.0, metavar="X", help="parts the copies of `tile`, such as 0.01 (default: 0)"
+        "--noise",
+        type=values.noise,
+        default=0.0,
+        metavar="X",
+        help="parts the copies of `tile`, such as 0.01 (default: 0)",
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of everything new (default: 0)")
     command.add_argument(
@@ -405,7 +415,7 @@ def build_parser() -> Parser:
     command.add_argument(
         "--template",
         action="append",
-        type=_template,
+        type=values.template,
         metavar="TEXT",
         help="a prompt with {} for the class; may be repeated",
     )
@@ -414,11 +424,11 @@ def build_parser() -> Parser:
     help_text = "tokens of a window that perplexity is measured on (default: as many as the model has positions)"
     command.add_argument("--length", type=count, metavar="N", help=help_text)
     help_text = "tasks, groups or tags of lm-eval, with commas between them"
-    command.add_argument("--tasks", type=_names, metavar="NAMES", help=help_text)
+    command.add_argument("--tasks", type=values.names, metavar="NAMES", help=help_text)
     command.add_argument("--include-path", metavar="DIR", help="a folder with tasks of one's own, as lm-eval's YAML")
     command.add_argument("--limit", type=count, metavar="N", help="documents of each task (default: all)")
     help_text = "examples in a prompt (default: as each task says)"
-    command.add_argument("--shots", type=_whole, metavar="N", help=help_text)
+    command.add_argument("--shots", type=values.whole, metavar="N", help=help_text)
     help_text = "a tokenizer.json, or its folder (default: beside CKPT, or as its run records)"
     command.add_argument("--tokenizer", metavar="PATH", help=help_text)
     command.json()
@@ -468,53 +478,9 @@ def _add_data_sets(sets: Commands) -> None:
     command.add_argument("--field", default="text", metavar="NAME", help=help_text)
     command.add_argument("--lines", action="store_true", help="each line of a .txt file is a document, not the file")
     help_text = "the share of documents, such as 0.05, that become the split held_out (default: 0)"
-    command.add_argument("--held-out", type=_share, default=0.0, metavar="X", help=help_text)
+    command.add_argument("--held-out", type=values.share, default=0.0, metavar="X", help=help_text)
     help_text = "hold out documents (default) or whole files"
     command.add_argument("--split-by", choices=("document", "file"), default="document", help=help_text)
     help_text = "processes that share the work (default: 1)"
     command.add_argument("--workers", type=count, default=1, metavar="N", help=help_text)
     command.json()
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share of at least 0 and less than 1, such as 0.05")
-    return value
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of names, such as arc_easy,hellaswag")
-    return names
-
-
-def _whole(text: str) -> int:
-    return 0 if text == "0" else count(text)
-
-
-def _noise(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0, such as 0.01")
-    return value
-
-
-def _template(text: str) -> str:
-    if "{}" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} has no '{{}}' for the class name, such as 'a photo of {{}}'")
-    return text
-
-
-def _axis(text: str) -> tuple[str, str]:
-    axis, equals, mode = text.partition("=")
-    if not (axis and equals and mode):
-        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=MODE, such as mlp=append")
-    return axis, mode

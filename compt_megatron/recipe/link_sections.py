@@ -52,17 +52,22 @@ def _numbered(value: Any) -> Any:
     return {int(key) if isinstance(key, str) and key.isdecimal() else key: one for key, one in value.items()}
 
 
-class AlignSettings(Section):
+class TaughtTerm(Section):
+    """A term of the loss that the frozen previous link makes."""
+
+    schedule: WeightSchedule = Field(default="constant", description="The weight over the link.")
+    end: End | None = Field(
+        default=None, description="Share of the link's steps after which the weight is 0; null: the whole link."
+    )
+
+
+class AlignSettings(TaughtTerm):
     """How a link's features are aligned to those of the frozen previous link."""
 
     weight: Rate = Field(
         default=1.0,
         description="Weight on the squared distance of unit feature vectors, summed over towers (of a language model: "
         "over the states that are aligned), at any width.",
-    )
-    schedule: WeightSchedule = Field(default="constant", description="The weight over the link.")
-    end: End | None = Field(
-        default=None, description="Share of the link's steps after which the weight is 0; null: the whole link."
     )
     distance: Literal["mse", "cosine", "smooth_l1"] = Field(
         default="mse", description="Distance of two feature vectors."
@@ -87,7 +92,7 @@ class AlignSettings(Section):
     )
 
 
-class DistillSettings(Section):
+class DistillSettings(TaughtTerm):
     """How a language model's predictions are drawn to those of the frozen previous link: the divergence of the
     teacher's distribution over the vocabulary from the student's, at each token."""
 
@@ -95,10 +100,6 @@ class DistillSettings(Section):
         default=1.0,
         description="Weight on temperature² times KL(teacher || student), the mean over tokens in nats; the task loss "
         "keeps weight 1.",
-    )
-    schedule: WeightSchedule = Field(default="constant", description="The weight over the link.")
-    end: End | None = Field(
-        default=None, description="Share of the link's steps after which the weight is 0; null: the whole link."
     )
     temperature: PositiveNumber = Field(default=1.0, description="What both models' logits are divided by.")
     top_k: Positive | None = Field(
