@@ -13,6 +13,8 @@ from compt_megatron.checkpoint.out_file import OutFile, reserve
 
 _RESERVED = 256 * 2**20  # bytes of the disk that are taken at a time
 _BLOCK = 8 * 2**20  # bytes read back at a time
+_SHORT = 4096  # bytes of a write that waits for others: torch.save makes some forty a tensor, of a few bytes each
+_GATHERED = 2**16  # bytes of short writes that go on together
 
 
 class HashedFile(OutFile):
@@ -20,24 +22,41 @@ class HashedFile(OutFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.size = 0
+        self.size = 0  # bytes written
+        self._short = bytearray()  # the last of them, which wait to be passed on
+        self._passed = 0  # the others
         self._reserved = _RESERVED // 16  # bytes; what is smaller is not worth the call
         self._since = xxhash.xxh3_64()  # of what was written after the last `progress`
         self._clean = False  # whether the file ends here: a killed run may have left more
 
     def write(self, data: Any) -> int:
-        count = memoryview(data).nbytes
+        view = memoryview(data).cast("B")
+        self.size += len(view)
+        if len(view) < _SHORT:
+            self._short.extend(view)
+        if len(view) >= _SHORT or len(self._short) >= _GATHERED:
+            self._pass_on()
+        if len(view) >= _SHORT:
+            self._append(view)
+        return len(view)
+
+    def _pass_on(self) -> None:
+        """Write what short writes have left."""
+        if self._short:
+            gathered, self._short = self._short, bytearray()
+            self._append(memoryview(gathered))
+
+    def _append(self, view: memoryview) -> None:
         self._cut()
-        self._reserve(self.size + count)
-        self.put(self.size, data)
-        self._since.update(data)
-        self.size += count
-        return count
+        self._reserve(self._passed + len(view))
+        self.put(self._passed, view)
+        self._since.update(view)
+        self._passed += len(view)
 
     def _reserve(self, size: int) -> None:
         if size > self._reserved and self.error is None:
             try:
-                reserve(self.descriptor, self.size, size + _RESERVED, longer=False)
+                reserve(self.descriptor, self._passed, size + _RESERVED, longer=False)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # what is written may fit all the same
                     self.error = error
@@ -50,10 +69,11 @@ class HashedFile(OutFile):
 
     def _cut(self) -> None:
         if not self._clean:
-            os.ftruncate(self.descriptor, self.size)
+            os.ftruncate(self.descriptor, self._passed)
             self._clean = True
 
     def drain(self) -> None:
+        self._pass_on()
         self._cut()
         super().drain()
 
@@ -74,7 +94,7 @@ class HashedFile(OutFile):
             self.sums.update(at, memoryview(data))
         if found.hexdigest() != digest:
             return False
-        self.size = size
+        self.size = self._passed = size
         return True
 
     def tell(self) -> int:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +25,7 @@ from compt_megatron.checkpoint.api import check, convert
 from compt_megatron.checkpoint.contract import Layout, Region, TensorInfo, region_shape, whole
 from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import open_reader
+from compt_megatron.checkpoint.hashed_file import HashedFile
 from compt_megatron.checkpoint.workers import together
 from compt_megatron.errors import UserError
 from compt_megatron.growth import maker, means
@@ -283,6 +285,40 @@ def test_files_filled_at_any_place(tmp_path_factory: pytest.TempPathFactory, dat
         assert (name, count, path.read_bytes()) == ("file", size, wanted)
         assert digest == sums.file_hash(path)
         assert len(digest) == 16 * -(-size // sums.PIECE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_stream_goes_on_where_a_killed_one_was_durable(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Short and long writes, of several types, with what a killed run left behind the part that it knows of."""
+    path = tmp_path_factory.mktemp("stream") / "stream"
+    counts = data.draw(st.lists(st.one_of(st.integers(0, 9000), st.just(70_000), st.just(200_000)), max_size=12))
+    pieces = [np.random.default_rng(number).bytes(count) for number, count in enumerate(counts)]
+    durable = data.draw(st.integers(0, len(pieces)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "PIECE", data.draw(st.sampled_from([1000, 65536, 2**24])))
+        file = HashedFile(path)
+        for piece in pieces[:durable]:
+            assert file.write(np.frombuffer(piece, np.uint8)) == len(piece)
+        known = file.progress()
+        assert known[0] == file.tell() == path.stat().st_size == sum(counts[:durable])
+        for piece in pieces[durable:]:
+            file.write(piece[::-1])  # never told of
+        file.close() if data.draw(st.booleans()) else file.drain()
+
+        again = HashedFile(path)
+        assert again.resume(known)
+        for piece in pieces[durable:]:
+            again.write(memoryview(piece))
+            assert again.tell() == again.size
+        name, digest, size = again.finish()
+        assert (name, size, path.read_bytes()) == ("stream", sum(counts), b"".join(pieces))
+        assert digest == sums.file_hash(path)
+        if known[0]:
+            path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+            assert not HashedFile(path).resume(known)
 
 
 @pytest.mark.parametrize("world", [1, 2])
