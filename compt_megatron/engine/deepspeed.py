@@ -30,6 +30,7 @@ from compt_megatron.engine.student import (
 )
 from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.engine.zero_config import deepspeed_config
+from compt_megatron.engine.zero_disk import remove_files
 from compt_megatron.engine.zero_state import ZeroState
 from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.megatron_cpu import use_cpu_in_training
@@ -72,7 +73,10 @@ class DeepSpeedEngine(TrainingEngine):
         )
         self.optimizer_name = self._optimizer.implementation
         micro_rows = settings.data.batch_size // (self.topology.data * parallel.micro_batches)
-        config = deepspeed_config(parallel, settings.optimizer, settings.precision, micro_rows, self.topology.data)
+        config = deepspeed_config(
+            parallel, settings.optimizer, settings.precision, micro_rows, self.topology.data,
+            largest=max(param.numel() for param in student.parameters()),
+        )  # fmt: skip
         self._engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=self._optimizer,
@@ -84,7 +88,9 @@ class DeepSpeedEngine(TrainingEngine):
             # nothing to sum, yet it would copy all gradients into one buffer and back
             self._engine.enable_backward_allreduce = False
         self._state = ZeroState(self._engine, self._optimizer)
-        self._checkpoint = RunCheckpoint([*held.values()], part, self._state, self._dtype, runtime, self.topology)
+        # one sub-group after the other, each of which may have to come from a disk
+        parameters = sorted(held.values(), key=lambda one: self._state.group_of(one.param))
+        self._checkpoint = RunCheckpoint(parameters, part, self._state, self._dtype, runtime, self.topology)
 
     @property
     def _student(self) -> AnyStudent:
@@ -159,6 +165,7 @@ class DeepSpeedEngine(TrainingEngine):
         scale = logit_scale_of(self._student)
         if scale is not None:
             self._state.clamp(scale, 0.0, MAX_LOG_SCALE)
+            self._state.rest()
         return norm, refused
 
     def _own_gradient_norm(self) -> float | None:
@@ -201,5 +208,7 @@ class DeepSpeedEngine(TrainingEngine):
         return {key: value.float() for key, value in outputs.items()}
 
     def close(self) -> None:
-        """Drop DeepSpeed's hooks and buffers, so that the next link starts with the memory free."""
+        """Drop DeepSpeed's hooks, buffers and files, so that the next link starts with memory and disk free."""
         self._engine.destroy()
+        if self.parallel.offload_path is not None:
+            remove_files(self.parallel.offload_path, self.runtime.rank)

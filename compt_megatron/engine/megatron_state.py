@@ -93,6 +93,9 @@ class MegatronState:
             # A tensor of its own for each parameter: a shared one would be advanced once per parameter.
             state["step"] = torch.full_like(state["step"], float(value))
 
+    def rest(self) -> None:
+        """Nothing: all of it stays on the device."""
+
     @torch.no_grad()
     def clamp(self, param: torch.nn.Parameter, low: float, high: float) -> None:
         """Clamp a parameter and its master to [low, high], without communication."""

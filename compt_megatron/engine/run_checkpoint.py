@@ -55,6 +55,10 @@ class ParameterState(Protocol):
     @step.setter
     def step(self, value: int) -> None: ...
 
+    def rest(self) -> None:
+        """Have all of it where training expects it: what is offloaded to a disk is in memory while it is used here."""
+        ...
+
 
 @dataclass(frozen=True)
 class Held:
@@ -104,6 +108,7 @@ class RunCheckpoint:
             if self._runtime.is_main:
                 for name in steps:  # all parameters step together; other optimizers, and growth, count each
                     writer.write(name, (), torch.tensor(float(self._state.step)))
+            self._state.rest()
             return writer.commit(metadata)
         except BaseException:
             writer.abort()
@@ -139,6 +144,7 @@ class RunCheckpoint:
             resumed = optimizer and count is not None
             for held in self._held:
                 self._load_one(reader, there, path, held, resumed)
+            self._state.rest()
             self._state.step = int(reader.read(count)) if resumed and count is not None else 0
             return reader.metadata(), resumed
         finally:

@@ -1,7 +1,9 @@
-"""The DeepSpeed configuration of a layout. One function, pure data: it can be printed, compared and tested."""
+"""The DeepSpeed configuration of a layout. One function: it can be printed, compared and tested."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from compt_megatron.errors import UserError
@@ -10,15 +12,21 @@ from compt_megatron.recipe.sections import OptimizerSettings
 
 
 def deepspeed_config(
-    parallel: ParallelSettings, optimizer: OptimizerSettings, precision: str, rows_per_micro_batch: int, world: int
+    parallel: ParallelSettings,
+    optimizer: OptimizerSettings,
+    precision: str,
+    rows_per_micro_batch: int,
+    world: int,
+    largest: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for one link. `rows_per_micro_batch` counts this rank's samples of one micro-batch."""
+    """DeepSpeed's JSON for one link. `rows_per_micro_batch` counts this rank's samples of one micro-batch; `largest`
+    counts the elements of the largest parameter."""
     zero: dict[str, Any] = {"stage": parallel.zero}
     if parallel.zero == 3:
         # DeepSpeed's memory-efficient linear patches F.linear for the whole process and shifts bf16 numerics of
         # every other model in it, the teacher's too.
         zero |= {"memory_efficient_linear": False, "stage3_gather_16bit_weights_on_model_save": False}
-    zero |= _offload(parallel)
+    zero |= _offload(parallel, -(-largest // world))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": rows_per_micro_batch,
         "gradient_accumulation_steps": parallel.micro_batches,
@@ -37,22 +45,36 @@ def deepspeed_config(
     return config
 
 
-def _offload(parallel: ParallelSettings) -> dict[str, Any]:
+def _offload(parallel: ParallelSettings, largest: int) -> dict[str, Any]:
     """Where optimizer state, and weights, are kept outside the device: CPU memory, or files on a local NVMe disk.
 
-    Raises UserError where DeepSpeed cannot write to such a disk.
+    `largest` counts the elements of a rank's largest piece of a parameter: buffers for weights need that room.
+    Makes the folder. Raises UserError where DeepSpeed cannot write to such a disk.
     """
     if parallel.offload == "none":
         return {}
-    place: dict[str, Any] = {"device": "cpu"}
-    if parallel.offload_path is not None:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise UserError(
-                "parallel.offload_path: DeepSpeed needs libaio to write to a disk, which is not installed here; "
-                "install it (Debian: libaio-dev), or leave offload_path out to offload to CPU memory"
-            )
-        place = {"device": "nvme", "nvme_path": parallel.offload_path}
     kept = ["offload_optimizer", *(["offload_param"] if parallel.offload == "parameters" else [])]
-    return {name: dict(place) for name in kept}
+    if parallel.offload_path is None:
+        return {name: {"device": "cpu"} for name in kept}
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "parallel.offload_path: DeepSpeed needs libaio to write to a disk, which is not installed here; "
+            "install it (Debian: libaio-dev), or leave offload_path out to offload to CPU memory"
+        )
+    try:
+        Path(parallel.offload_path).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=parallel.offload_path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"parallel.offload_path: {parallel.offload_path} cannot be written to ({error.strerror}); "
+            "name a folder on a local disk of each node"
+        ) from error
+    found: dict[str, Any] = {name: {"device": "nvme", "nvme_path": parallel.offload_path} for name in kept}
+    if "offload_param" in found:
+        found["offload_param"]["buffer_size"] = largest
+        # Its reading ahead asks twice for a parameter that a pass ends and the next begins with, and dies of that.
+        found["stage3_prefetch_bucket_size"] = 0
+    return found

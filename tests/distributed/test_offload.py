@@ -48,16 +48,24 @@ def test_offload_changes_nothing(tmp_path: Path) -> None:
         assert losses == pytest.approx(plain, abs=1e-6), layout
 
 
-def test_a_disk_needs_libaio(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_needs_libaio_and_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     from compt_megatron.engine.zero_config import deepspeed_config
 
-    parallel = ParallelSettings(zero=3, offload="parameters", offload_path="/nvme")
+    folder = tmp_path / "nvme"
+    parallel = ParallelSettings(zero=3, offload="parameters", offload_path=str(folder))
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(UserError, match=r"parallel\.offload_path: DeepSpeed needs libaio"):
-        deepspeed_config(parallel, OptimizerSettings(lr=1.0), "fp32", 1, 1)
+        deepspeed_config(parallel, OptimizerSettings(lr=1.0), "fp32", 1, 4, largest=1001)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
-    zero = deepspeed_config(parallel, OptimizerSettings(lr=1.0), "fp32", 1, 1)["zero_optimization"]
-    assert zero["offload_param"] == zero["offload_optimizer"] == {"device": "nvme", "nvme_path": "/nvme"}
+    zero = deepspeed_config(parallel, OptimizerSettings(lr=1.0), "fp32", 1, 4, largest=1001)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "nvme_path": str(folder)}
+    assert zero["offload_param"] == {"device": "nvme", "nvme_path": str(folder), "buffer_size": 251}
+    folder.rmdir()
+    folder.write_text("a file")
+    with pytest.raises(
+        UserError, match=rf"parallel\.offload_path: {folder} cannot be written to \(File exists\); name a"
+    ):
+        deepspeed_config(parallel, OptimizerSettings(lr=1.0), "fp32", 1, 4, largest=1001)
