@@ -132,7 +132,11 @@ def seed_step(seed: int, step: int, micro_batch: int, rank: int) -> None:
     """
     entropy = np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(2)
     value = int(entropy[0]) << 32 | int(entropy[1])
-    torch.manual_seed(value & (2**63 - 1))
+    bits = value & (2**63 - 1)
+    # torch.manual_seed would also queue a call, with the stack in text, for every accelerator that is not started
+    torch.default_generator.manual_seed(bits)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(bits)
     random.seed(value)
 
 
