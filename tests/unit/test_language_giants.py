@@ -49,16 +49,20 @@ def recorded() -> dict[str, Any]:
 
 def workloads(members: list[Member]) -> dict[str, Workload]:
     before = [None, *(member.spec for member in members)]
-    return {member.name: Workload.of(member, teacher) for member, teacher in zip(members, before)}
+    return {
+        member.name: Workload.of(member, teacher if member.taught else None) for member, teacher in zip(members, before)
+    }
 
 
 # -- the packaged chains ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_chains_grow_exactly_and_their_own_layouts_fit(name: str, chains: dict[str, list[Member]]) -> None:
+def test_the_chains_grow_and_their_own_layouts_fit(name: str, chains: dict[str, list[Member]]) -> None:
     check_recipe(load_recipe(name), RANKS, data=False)
-    assert all(member.grow is not None and member.grow.operator == "exact" for member in chains[name][1:])
+    links = load_recipe(name).links[1:]
+    exactly = [f"links.{link.name}.grow={{operator: exact}}" for link in links]
+    check_recipe(load_recipe(name, exactly), RANKS, data=False)
     for link, workload in workloads(chains[name]).items():
         member = next(member for member in chains[name] if member.name == link)
         assert estimate(workload, member.settings.parallel, RANKS).total <= 72e9, link
@@ -175,7 +179,10 @@ def test_a_plan_in_steps_needs_no_text(capsys: pytest.CaptureFixture[str]) -> No
     assert last.hours == pytest.approx(32_000 * last.own.time.total * RANKS / 3600)
     assert last.alone_macs == pytest.approx(2 * last.macs["train"])
     assert last.alone_hours is not None
-    assert 1.8 < last.alone_hours / last.hours < 2, "twice the steps, without a teacher"
+    assert last.alone_hours / last.hours == pytest.approx(2), "twice the steps"
+    aligned = make_plan(load_recipe("gpt3-6.7b", ["links.6B7.align={weight: 0.3}"]), RANKS).links[-1]
+    assert aligned.hours is not None
+    assert 1.8 < last.alone_hours / aligned.hours < 2, "and a teacher in the chain"
     assert plan.hours == pytest.approx(sum(link.hours or 0 for link in plan.links))
     assert main(["plan", "gpt3-6.7b", "--ranks", str(RANKS)]) == 0
     shown = capsys.readouterr().out
@@ -211,11 +218,17 @@ def test_a_plan_in_epochs_is_relative_without_text() -> None:
             "tensor: 8, pipeline: 1",
         ),
         (
-            ["llama-8b", "links.8B.parallel.pipeline=5", "--ranks=10"],
+            ["llama-8b", "links.8B.parallel.engine=megatron", "links.8B.parallel.pipeline=5", "--ranks=10"],
             "it has 32 layers, which pipeline does not divide; the nearest layout that works on",
         ),
         (
-            ["llama-8b", "links.8B.parallel.pipeline=8", "links.8B.parallel.virtual=3", "--ranks=16"],
+            [
+                "llama-8b",
+                "links.8B.parallel.engine=megatron",
+                "links.8B.parallel.pipeline=8",
+                "links.8B.parallel.virtual=3",
+                "--ranks=16",
+            ],
             "parallel.virtual is 3, which does not divide the 4 layers that each of 8 stages has; the nearest layout "
             "that works on 16 ranks is tensor:",
         ),
@@ -234,7 +247,7 @@ def test_a_plan_in_epochs_is_relative_without_text() -> None:
             "1 ranks cannot be shared out: parallel.tensor 2 x parallel.pipeline 1 needs a multiple of 2; the nearest",
         ),
         (
-            ["llama-8b", "links.8B.align.tensor=3", "--ranks=64"],
+            ["llama-8b", "links.8B.align={tensor: 3}", "--ranks=64"],
             "align.tensor is 3, which does not divide the 2 ranks of one copy of the student",
         ),
     ],
