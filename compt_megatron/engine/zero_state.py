@@ -131,6 +131,11 @@ class ZeroState:
         owner: torch.Tensor = flat if key is None else self._base.state[flat][key]
         return owner.narrow(0, start, numel)
 
+    def _own(self, param: torch.nn.Parameter) -> int:
+        """How many elements of this rank's piece under stage 3 are no padding."""
+        start = self._optimizer._get_param_partition_rank(param) * param.partition_numel()  # type: ignore[attr-defined]
+        return max(0, param.ds_numel - start)  # type: ignore[attr-defined]
+
     def _piece(self, param: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
         """This rank's piece of a full tensor, zero-padded as stage 3 pads it."""
         rank, numel = self._optimizer._get_param_partition_rank(param), param.partition_numel()  # type: ignore[attr-defined]
@@ -156,9 +161,10 @@ class ZeroState:
             param.data.clamp_(low, high)
         if self._sharded:
             weight = param.ds_tensor.data  # type: ignore[attr-defined]
-            inside = (weight > low + _NEAR) & (weight < high - _NEAR)
+            own = weight[: self._own(param)]
+            inside = (own > low + _NEAR) & (own < high - _NEAR)
             if self._disk.is_away(self.group_of(param)) and bool(inside.all()):
-                return  # the master too, which a whole sub-group need not be read for
+                return  # the master too, for which a whole sub-group need not be read
             weight.clamp_(low, high)
             self._stored(param, None, change=True).clamp_(low, high)
         elif hasattr(param, "_hp_mapping"):
