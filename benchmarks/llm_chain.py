@@ -7,7 +7,8 @@ Three models s -> m -> l, each wider and deeper than the one before and of about
 - tune    the best rate of each model alone, on a fifth of the tokens, in factors of two until it lies inside
 - alone   each model alone at that rate: half of the tokens and all of them (three seeds), for loss over compute
 - screen  s -> m, the link with 40 % of the tokens, one seed, one factor at a time around the default
-- family  s -> m -> l with the default and the three variations that saved the most compute, three seeds
+- family  s -> m -> l with the default, the three variations that saved the most compute, and the best two of them
+          together, three seeds
 
 Every training is a cell: `compt train` in a process of its own, with one thread. Its result is a line of
 benchmarks/results/llm_chain/cells.jsonl; cells with a line are not repeated, interrupted ones go on. A link is a recipe
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=5_000_000, help="tokens of a model alone (default 5 million)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--configs", nargs="+", metavar="NAME", help="variations of the family, a+b joins two of them "
-                        "(default: the default and the best three)")  # fmt: skip
+                        "(default: the default, the best three, the best two together)")  # fmt: skip
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "llm_chain", help="where the runs go")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "llm_chain" / "cells.jsonl")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "llm_chain.svg")
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return Program(options.tokens, tuple(options.seeds), store.load())
 
     def family() -> list[str]:
-        return options.configs or ["default", *program().best()]
+        return options.configs or program().family_names()
 
     wanted: dict[str, Callable[[], list[Cell]]] = {
         "tune": lambda: program().tune_cells(),

@@ -229,18 +229,21 @@ def step_rows(result: dict[str, Any] | None) -> list[Row]:
 
 
 def language_rows(cells: Path) -> list[Row]:
-    """What the chain saves small language models: the first pair, and the family of three where it is measured, by the
-    default settings and the best. `cells`: cells.jsonl."""
+    """What the chain saves small language models: the family of three, by the default settings and the best, or the
+    first pair where that is not measured. `cells`: cells.jsonl."""
     command, program = "`python benchmarks/llm_chain.py`", Program(LANGUAGE_TOKENS, LANGUAGE_SEEDS, Store(cells).load())
     rows: list[Row] = []
-    for name in ["default", *program.best()[:1]]:
-        for models, which in (("m", "link s -> m"), ("ml", "chain s -> m -> l")):
+    names = program.family_names()
+    for models, which, best in (("ml", "chain s -> m -> l", names[-1:]), ("m", "link s -> m", names[1:2])):
+        for name in dict.fromkeys(["default", *best]):
             savings = {
                 seed: found for seed in program.seeds if (found := program.saving(models, seed, name)) is not None
             }
             if savings:
                 what = f"small Llamas on the built-in text, {which}, {name}: compute saved at equal losses"
                 rows.append((what, _spread([*savings.values()]), f"measured ({_seeds([*savings])})", command))
+        if rows:
+            break
     return rows or [("chains of language models against each alone", "-", NOT_YET, command)]
 
 

@@ -107,6 +107,11 @@ class Program:
         savings.pop("default", None)
         return sorted(savings, key=lambda name: -savings[name])[:BEST]
 
+    def family_names(self) -> list[str]:
+        """What the family is trained with: the default, the best variations, and the best two together."""
+        best = self.best()
+        return ["default", *best, *(["+".join(best[:2])] if len(best) > 1 else [])]
+
     def family_cells(self, names: list[str]) -> list[Cell]:
         """All links of the variations `names`, one seed after the other."""
         found = (self.link(model, seed, name) for seed in self.seeds for model in PREVIOUS for name in names)

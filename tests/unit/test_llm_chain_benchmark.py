@@ -99,6 +99,7 @@ def test_a_chain_is_counted_against_each_model_alone() -> None:
     assert last.alone.extrapolated, "more than the whole budget"
     assert program.best()[0] in {"align-off", "distill"}
     assert "default" not in program.best()
+    assert program.family_names() == ["default", *program.best(), "+".join(program.best()[:2])]
 
 
 def test_the_report_says_what_is_missing_and_prints_what_is_there() -> None:
