@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import sys
 import types
 import warnings
@@ -33,11 +34,17 @@ def install() -> None:
         # Transformer Engine and apex are optional and their absence is announced four times at import
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         warnings.filterwarnings("ignore", message="Apex is not installed")
+        # torch for CUDA warns of a compiler without a GPU when its extensions are imported
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_not_of_a_missing_gpu)
         import_beside("megatron.core", _import_megatron)
     if not torch.cuda.is_available():
         warnings.filterwarnings("ignore", message="When using async grad allreduce")  # advice about CUDA streams
         _use_cpu_random_state()
     _installed = True
+
+
+def _is_not_of_a_missing_gpu(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime is found" not in record.getMessage()
 
 
 def _import_megatron() -> None:

@@ -32,8 +32,7 @@ def test_import_and_build_are_quiet_and_leave_torch_alone() -> None:
         [sys.executable, "-W", "always::UserWarning", "-c", SCRIPT], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr
-    said = [line for line in result.stderr.splitlines() if "No CUDA runtime is found" not in line]  # torch for CUDA's
-    assert [result.stdout, *said] == [""]
+    assert result.stdout + result.stderr == ""
 
 
 def test_groups_are_made_once() -> None:
