@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 from compt_megatron.chain.layouts import misfit, nearest, obstacle
@@ -79,6 +80,11 @@ def _advice(member: Member, world: int) -> str:
     names = ["tensor", "pipeline", "virtual", "micro_batches"]
     shown = [name for name in names if name in names[:2] or getattr(near, name) != 1 or getattr(layout, name) != 1]
     said = ", ".join(f"{name}: {getattr(near, name)}" for name in shown)
+    if near.sequence != layout.sequence:
+        said += ", sequence: false"
+    copy = near.tensor * near.pipeline
+    if member.taught and copy % member.teacher_tensor:
+        said += f", {'align' if member.align is not None else 'distill'}.tensor: {gcd(copy, member.teacher_tensor)}"
     return f"the nearest layout that works on {ranks} is {said}"
 
 

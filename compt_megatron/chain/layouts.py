@@ -122,11 +122,11 @@ def nearest(spec: ModelSpec, layout: ParallelSettings, batch: int, world: int) -
         if layout.engine == "deepspeed" and pipeline > 1:
             continue
         ranks = world // (tensor * pipeline)
-        counts = [count for count in divisors(batch // ranks) if batch % ranks == 0]
-        for virtual in {1, layout.virtual} if pipeline > 1 else {1}:
+        every = [count for count in divisors(batch // ranks) if batch % ranks == 0]
+        for virtual in sorted({1, layout.virtual}) if pipeline > 1 else [1]:
             if any(tower.layers % (pipeline * virtual) for tower in spec.towers.values()):
                 continue
-            counts = [count for count in counts if virtual == 1 or count % pipeline == 0]
+            counts = [count for count in every if virtual == 1 or count % pipeline == 0]
             if counts:
                 change = {
                     "tensor": tensor,

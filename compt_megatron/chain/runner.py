@@ -35,6 +35,7 @@ from compt_megatron.checkpoint.digest import weight_hash
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.data.source import ShardSource
 from compt_megatron.data.text.source import TextSource
+from compt_megatron.engine.build import check_machine
 from compt_megatron.engine.runtime import Runtime
 from compt_megatron.errors import UserError
 from compt_megatron.observe import numbers
@@ -96,6 +97,7 @@ class _Chain:
                 self._check_inputs(known)
         self.ledger: Ledger = runtime.exchange(known)[0]
         self.console = Console(enabled=runtime.is_main, total_links=len(members))
+        self._check_machine()
         harness.check([member for member in members if self.ledger.entry(member.name).state != "done"])
 
     def run(self, only: str | None) -> Ledger:
@@ -111,6 +113,20 @@ class _Chain:
         if self.runtime.is_main:
             self.console.table(asdict(self.ledger))
         return self.ledger
+
+    def _check_machine(self) -> None:
+        """What members that are still to be trained need of every rank's machine. Collective."""
+        problem = None
+        for member in self.members:
+            if member.train and self.ledger.entry(member.name).state != "done":
+                try:
+                    check_machine(member.settings, self.runtime.device)
+                except UserError as error:
+                    problem = UserError(f"{member.name}: {error}")
+                    break
+        problems = [found for found in self.runtime.exchange(problem) if found is not None]
+        if problems:
+            raise problems[0]
 
     # -- the ledger --------------------------------------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ class TrainLoader:
         pin_memory: bool = False,
         start_method: str | None = None,
     ) -> None:
-        self.streams = streams or default_streams(len(source.shards), batch_size)
+        self.streams = streams or default_streams(len(source.shards), batch_size, world)
         _check_layout(source, batch_size, self.streams, world)
         self.source, self.batch_size, self.start_step = source, batch_size, start_step
         own = self.streams // world
@@ -176,12 +176,19 @@ def _check_layout(source: ShardSource, batch_size: int, streams: int, world: int
             f"data {source.name!r} has {source.samples} samples, fewer than one batch of {batch_size}; "
             "lower data.batch_size or add data"
         )
+    if batch_size % world:
+        raise UserError(
+            f"data.batch_size {batch_size} is not a multiple of the {world} data-parallel ranks; use "
+            f"{max(1, round(batch_size / world)) * world}"
+        )
     if batch_size % streams:
         raise UserError(f"data.batch_size {batch_size} is not a multiple of data.streams {streams}; change one of them")
     if streams % world:
-        fitting = [count for count in range(world, 65, world) if batch_size % count == 0]
-        mend = f"set data.streams: {fitting[-1]}" if fitting else f"make data.batch_size a multiple of {world}"
-        raise UserError(f"data.streams {streams} do not divide among {world} data-parallel ranks; {mend}")
+        raise UserError(
+            f"data.streams {streams} do not divide among {world} data-parallel ranks; a run that has begun with them "
+            f"needs a number of ranks that divides {streams}, a new one data.streams: "
+            f"{default_streams(len(source.shards), batch_size, world)}"
+        )
 
 
 def _cache_bytes(source: ShardSource, cache: bool | None) -> int:

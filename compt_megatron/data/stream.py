@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from math import lcm
 
 import numpy as np
 
@@ -23,14 +24,19 @@ from compt_megatron.errors import UserError
 Item = tuple[RawSample, int, int] | Sample | Broken  # (undecoded, shard, index in the shard) or decoded
 
 
-def default_streams(shards: int, batch_size: int) -> int:
+def default_streams(shards: int, batch_size: int, world: int = 1) -> int:
     """Logical streams where the user names no number: the largest power of two that divides the global batch and is
-    at most 64 and at most the number of shards (or 16, if there are fewer shards). Independent of ranks and workers."""
+    at most 64 and at most the number of shards (or 16, if there are fewer shards).
+
+    Independent of ranks and workers, unless it is no multiple of the `world` data-parallel ranks: then the least common
+    one, or `world` where that does not divide the batch.
+    """
     limit = min(64, max(shards, 16))
     streams = 1
     while streams * 2 <= limit and batch_size % (streams * 2) == 0:
         streams *= 2
-    return streams
+    common = lcm(streams, world)
+    return common if batch_size % common == 0 else world
 
 
 class StreamPlan:

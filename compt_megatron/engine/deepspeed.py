@@ -30,7 +30,7 @@ from compt_megatron.engine.student import (
 )
 from compt_megatron.engine.training_step import TrainingEngine
 from compt_megatron.engine.zero_config import deepspeed_config
-from compt_megatron.engine.zero_disk import remove_files
+from compt_megatron.engine.zero_disk import DiskFolder
 from compt_megatron.engine.zero_state import ZeroState
 from compt_megatron.models.clip import MAX_LOG_SCALE
 from compt_megatron.models.megatron_cpu import use_cpu_in_training
@@ -59,6 +59,7 @@ class DeepSpeedEngine(TrainingEngine):
         spec, settings, runtime = self.spec, self.settings, self.runtime
         use_cpu_in_training()
         parallel = self.parallel
+        self._disk = None if parallel.offload_path is None else DiskFolder(parallel.offload_path)
         part = ModelPart.current(spec)
         student = build_student(spec, self._dtype, parallel, part, projections, layers=self._layers.kind)
         student.to(runtime.device).train()
@@ -74,7 +75,8 @@ class DeepSpeedEngine(TrainingEngine):
         self.optimizer_name = self._optimizer.implementation
         micro_rows = settings.data.batch_size // (self.topology.data * parallel.micro_batches)
         config = deepspeed_config(
-            parallel, settings.optimizer, settings.precision, micro_rows, self.topology.data,
+            parallel if self._disk is None else parallel.model_copy(update={"offload_path": str(self._disk.path)}),
+            settings.optimizer, settings.precision, micro_rows, self.topology.data,
             largest=max(param.numel() for param in student.parameters()),
         )  # fmt: skip
         self._engine, *_ = deepspeed.initialize(
@@ -210,5 +212,5 @@ class DeepSpeedEngine(TrainingEngine):
     def close(self) -> None:
         """Drop DeepSpeed's hooks, buffers and files, so that the next link starts with memory and disk free."""
         self._engine.destroy()
-        if self.parallel.offload_path is not None:
-            remove_files(self.parallel.offload_path, self.runtime.rank)
+        if self._disk is not None:
+            self._disk.remove()

@@ -45,12 +45,24 @@ def choose_layers(spec: ModelSpec, parallel: ParallelSettings, dtype: torch.dtyp
     )
 
 
-def _obstacle(spec: ModelSpec, parallel: ParallelSettings, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why Transformer Engine's layers are not used, in words, or None."""
+def check_layers(parallel: ParallelSettings, device: torch.device) -> None:
+    """Raise UserError if `parallel.layers` names Transformer Engine, and it is plain before a model is made that it
+    cannot be used."""
+    reason = _plain_obstacle(parallel, device) or transformer_engine.absence()
+    if parallel.layers == "transformer_engine" and reason is not None:
+        raise UserError(f"parallel.layers: 'transformer_engine' cannot be had here: {reason}; use auto or torch")
+
+
+def _plain_obstacle(parallel: ParallelSettings, device: torch.device) -> str | None:
     if device.type != _DEVICE:
         return "no CUDA device"
-    if parallel.zero == 3:
-        return "zero 3 was never tried with Transformer Engine"
+    return "zero 3 was never tried with Transformer Engine" if parallel.zero == 3 else None
+
+
+def _obstacle(spec: ModelSpec, parallel: ParallelSettings, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why Transformer Engine's layers are not used, in words, or None."""
+    if (reason := _plain_obstacle(parallel, device)) is not None:
+        return reason
     if (reason := _of_any_rank(transformer_engine.absence)) is not None:
         return reason
     part = ModelPart.current(spec)

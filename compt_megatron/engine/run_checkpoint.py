@@ -160,6 +160,8 @@ class RunCheckpoint:
             return
         weight = self._read(reader, held, "weight")
         master = self._read(reader, held, "master") if held.boundary("master", held.names[0]) in there else weight
+        if self._dtype == torch.float32:  # a checkpoint in bf16 has both
+            weight = master
         self._state.set_weight(held.param, weight, master)
         for key in MOMENTS:
             value = self._read(reader, held, key) if resumed else torch.zeros(master.shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from compt_megatron.errors import UserError
@@ -49,13 +47,27 @@ def _offload(parallel: ParallelSettings, largest: int) -> dict[str, Any]:
     """Where optimizer state, and weights, are kept outside the device: CPU memory, or files on a local NVMe disk.
 
     `largest` counts the elements of a rank's largest piece of a parameter: buffers for weights need that room.
-    Makes the folder. Raises UserError where DeepSpeed cannot write to such a disk.
+    Raises UserError where DeepSpeed cannot write to such a disk.
     """
     if parallel.offload == "none":
         return {}
     kept = ["offload_optimizer", *(["offload_param"] if parallel.offload == "parameters" else [])]
     if parallel.offload_path is None:
         return {name: {"device": "cpu"} for name in kept}
+    check_disk(parallel)
+    found: dict[str, Any] = {name: {"device": "nvme", "nvme_path": parallel.offload_path} for name in kept}
+    if "offload_param" in found:
+        found["offload_param"]["buffer_size"] = largest
+        # Its reading ahead asks twice for a parameter that a pass ends and the next begins with, and dies of that;
+        # what it keeps for the next use keeps a buffer, of which there are five.
+        found |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    return found
+
+
+def check_disk(parallel: ParallelSettings) -> None:
+    """Raise UserError if a layout offloads to a disk and DeepSpeed cannot write to one on this machine."""
+    if parallel.offload_path is None:
+        return
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -63,18 +75,3 @@ def _offload(parallel: ParallelSettings, largest: int) -> dict[str, Any]:
             "parallel.offload_path: DeepSpeed needs libaio to write to a disk, which is not installed here; "
             "install it (Debian: libaio-dev), or leave offload_path out to offload to CPU memory"
         )
-    try:
-        Path(parallel.offload_path).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=parallel.offload_path):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"parallel.offload_path: {parallel.offload_path} cannot be written to ({error.strerror}); "
-            "name a folder on a local disk of each node"
-        ) from error
-    found: dict[str, Any] = {name: {"device": "nvme", "nvme_path": parallel.offload_path} for name in kept}
-    if "offload_param" in found:
-        found["offload_param"]["buffer_size"] = largest
-        # Its reading ahead asks twice for a parameter that a pass ends and the next begins with, and dies of that.
-        found["stage3_prefetch_bucket_size"] = 0
-    return found

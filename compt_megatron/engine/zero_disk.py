@@ -6,9 +6,17 @@ and every kind of state. Here a sub-group stays until another is asked for, and 
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from tempfile import mkstemp
+from typing import Any, TextIO
+
+from compt_megatron.errors import UserError
+
+_PREFIX = "compt-"
 
 
 class DiskGroups:
@@ -55,7 +63,55 @@ class DiskGroups:
                 self._optimizer._release_swap_buffers(group)
 
 
-def remove_files(folder: str, rank: int) -> None:
-    """Remove what DeepSpeed has left of a rank under a folder for offloading."""
-    for kind in ("optimizer", "float32params", "bfloat16params"):
-        shutil.rmtree(Path(folder) / "zero_stage_3" / kind / f"rank{rank}", ignore_errors=True)
+class DiskFolder:
+    """A folder of this process's own under the one that a recipe names for offloading: DeepSpeed's files are called
+    after ranks and parameters only, and several jobs may use one disk.
+
+    A lock beside it, which the system drops when the process ends, says that it is in use. What killed processes have
+    left is removed by the next that starts there.
+    """
+
+    def __init__(self, root: str) -> None:
+        """Raises UserError where `root` cannot be written to."""
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            for lock in Path(root).glob(f"{_PREFIX}*.lock"):
+                _remove_if_left(lock)
+            self._lock = _new_lock(Path(root))
+            self.path = Path(self._lock.name).with_suffix("")
+            self.path.mkdir()
+        except OSError as error:
+            raise UserError(
+                f"parallel.offload_path: {root} cannot be written to ({error.strerror}); name a folder on a local disk "
+                "of each node"
+            ) from error
+
+    def remove(self) -> None:
+        """Remove it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
+
+
+def _new_lock(root: Path) -> TextIO:
+    while True:
+        descriptor, name = mkstemp(prefix=_PREFIX, suffix=".lock", dir=root)
+        os.close(descriptor)
+        lock = open(name, "w")  # noqa: SIM115  it is held as long as the folder
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another took it for one that was left, and removes it
+            lock.close()
+            continue
+        except OSError:  # a file system without locks: nothing there is ever taken for left
+            return lock
+        if Path(name).exists():
+            return lock
+        lock.close()
+
+
+def _remove_if_left(lock: Path) -> None:
+    with suppress(OSError), open(lock) as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        lock.unlink()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compt_megatron.engine.zero_disk import DiskFolder
 from compt_megatron.errors import UserError
 from compt_megatron.recipe.parallel_section import ParallelSettings
 from compt_megatron.recipe.sections import OptimizerSettings
@@ -48,24 +51,40 @@ def test_offload_changes_nothing(tmp_path: Path) -> None:
         assert losses == pytest.approx(plain, abs=1e-6), layout
 
 
-def test_a_disk_needs_libaio_and_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_disk_needs_libaio(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     from compt_megatron.engine.zero_config import deepspeed_config
 
-    folder = tmp_path / "nvme"
-    parallel = ParallelSettings(zero=3, offload="parameters", offload_path=str(folder))
+    parallel = ParallelSettings(zero=3, offload="parameters", offload_path="/nvme")
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(UserError, match=r"parallel\.offload_path: DeepSpeed needs libaio"):
         deepspeed_config(parallel, OptimizerSettings(lr=1.0), "fp32", 1, 4, largest=1001)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     zero = deepspeed_config(parallel, OptimizerSettings(lr=1.0), "fp32", 1, 4, largest=1001)["zero_optimization"]
-    assert zero["offload_optimizer"] == {"device": "nvme", "nvme_path": str(folder)}
-    assert zero["offload_param"] == {"device": "nvme", "nvme_path": str(folder), "buffer_size": 251}
-    folder.rmdir()
-    folder.write_text("a file")
+    assert zero["offload_optimizer"] == {"device": "nvme", "nvme_path": "/nvme"}
+    assert zero["offload_param"] == {"device": "nvme", "nvme_path": "/nvme", "buffer_size": 251}
+
+
+def test_processes_share_a_disk(tmp_path: Path) -> None:
+    """Each has a folder of its own; one that was killed leaves nothing behind for ever."""
+    root = tmp_path / "nvme"
+    one, two = DiskFolder(str(root)), DiskFolder(str(root))
+    assert one.path != two.path
+    (one.path / "state").write_text("of one")
+    killed = "import os, sys; from compt_megatron.engine.zero_disk import DiskFolder\n"
+    killed += "(DiskFolder(sys.argv[1]).path / 'state').write_text('left'); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", killed, str(root)]).returncode == 9
+    assert len([*root.glob("*/state")]) == 2
+    three = DiskFolder(str(root))
+    assert [path.parent for path in root.glob("*/state")] == [one.path], "what was left, and that alone"
+    for folder in (one, two, three):
+        folder.remove()
+    assert [*root.iterdir()] == []
+    root.rmdir()
+    root.write_text("a file")
     with pytest.raises(
-        UserError, match=rf"parallel\.offload_path: {folder} cannot be written to \(File exists\); name a"
+        UserError, match=rf"parallel\.offload_path: {root} cannot be written to \(File exists\); name a"
     ):
-        deepspeed_config(parallel, OptimizerSettings(lr=1.0), "fp32", 1, 4, largest=1001)
+        DiskFolder(str(root))

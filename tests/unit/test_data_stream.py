@@ -149,11 +149,11 @@ def test_captions_are_drawn_without_replacement_and_repeated_where_there_are_too
 
 
 def test_layouts_that_cannot_work_are_refused(source: ShardSource) -> None:
-    with pytest.raises(
-        UserError, match=r"do not divide among 3 data-parallel ranks; make data.batch_size a multiple of 3"
-    ):
+    with pytest.raises(UserError, match=r"data.batch_size 8 is not a multiple of the 3 data-parallel ranks; use 9"):
         steps(source, 1, world=3)
-    with pytest.raises(UserError, match=r"3 data-parallel ranks; set data.streams: 24"):
+    with pytest.raises(
+        UserError, match=r"8 do not divide among 3 data-parallel ranks; .* divides 8, a new one data.streams: 24"
+    ):
         steps(source, 1, world=3, batch_size=24, streams=8)
     with pytest.raises(UserError, match=r"batch_size 8 is not a multiple of data.streams 3"):
         steps(source, 1, streams=3)
@@ -166,6 +166,11 @@ def test_default_streams_is_a_power_of_two_that_divides_the_batch() -> None:
     assert default_streams(20, 256) == 16
     assert default_streams(1, 256) == 16
     assert default_streams(332, 24) == 8
+    assert [default_streams(332, 24, world) for world in (1, 2, 8, 3, 12, 24)] == [8, 8, 8, 24, 24, 24]
+    assert [default_streams(332, 16384, world) for world in (64, 128, 512)] == [64, 128, 512]
+    assert default_streams(332, 96 * 5, 5) == 160
+    assert default_streams(332, 8 * 3 * 3, 9) == 72
+    assert default_streams(332, 10, 10) == 10
 
 
 @settings(max_examples=60, deadline=None)
