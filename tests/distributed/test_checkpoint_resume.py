@@ -11,7 +11,7 @@ import torch
 
 from compt_megatron.errors import UserError
 from compt_megatron.spec.families import spec_from_config
-from tests.distributed.engine_cases import CONFIG, make_engine, rank_batch, state_of, write_start
+from tests.distributed.engine_cases import CONFIG, engine_of, make_engine, pieces_of, rank_batch, state_of, write_start
 from tests.distributed.spawn import run_ranks
 
 FIRST, MORE = 2, 2
@@ -194,6 +194,37 @@ def poisoned(rank: int, world: int, start: str, cases: list[tuple[int, int, str,
         found.append({"bad": bad, "good": good, "spoilt": differing(before, after), "changed": len(changed)})
         engine.close()
     return found
+
+
+def masters(engine: Any) -> State:
+    return {name: part for name, _, part in pieces_of(engine, ["weight"])}
+
+
+def in_another_precision(rank: int, world: int, folder: str) -> list[tuple[State, State, float]]:
+    """A checkpoint in bf16, and what each engine makes of it in fp32: saved and loaded masters, the loss of a step."""
+    from compt_megatron.engine.runtime import Runtime
+
+    runtime, found = Runtime.start(), []
+    engine = make_engine(runtime, (1, 1), "bf16")
+    engine.load(Path(folder) / "start")
+    go_on(engine, rank, world, 0, FIRST)
+    saved = masters(engine)
+    engine.save(Path(folder) / "bf16", {"step": FIRST}, [])
+    engine.close()
+    for layout in ({"zero": 0}, {"zero": 3}, {"engine": "megatron", "zero": 0}, {"engine": "megatron", "zero": 1}):
+        engine = engine_of(runtime, layout, "fp32")
+        engine.load(Path(folder) / "bf16")
+        found.append((saved, masters(engine), go_on(engine, rank, world, FIRST, 1)[0]))
+        engine.close()
+    return found
+
+
+def test_fp32_goes_on_from_the_masters_of_bf16(tmp_path: Path) -> None:
+    write_start(tmp_path / "start")
+    found = run_ranks(in_another_precision, 1, str(tmp_path))[0]
+    for saved, loaded, _ in found:
+        assert differing(saved, loaded) == []
+    assert [loss for *_, loss in found] == pytest.approx([found[0][2]] * len(found), abs=1e-6)
 
 
 def _spoil_gradient(module: torch.nn.Module, inputs: Any, outputs: dict[str, torch.Tensor]) -> None:

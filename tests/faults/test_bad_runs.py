@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from compt_megatron.growth.fresh import write_fresh
@@ -157,3 +158,19 @@ def test_one_job_at_a_time_and_a_killed_one_lets_go(here: Path) -> None:
     assert ended.code == 3, ended
     assert "give the same command again to go on" in ended.stderr
     assert (here / "run" / "s" / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "say"),
+    [
+        ("parallel.layers=transformer_engine", "m: parallel.layers: 'transformer_engine' cannot be had here: no CUDA"),
+        ("optimizer.implementation=apex", "m: optimizer.implementation: 'apex' needs"),
+    ],
+)
+def test_what_a_later_link_lacks_is_said_before_the_first_trains(here: Path, field: str, say: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a machine with CUDA may have them")
+    content = yaml.safe_load((here / "tiny.yaml").read_text())
+    content["links"].append({"model": "m.json", "name": "m", "steps": 2, "grow": {}})
+    (here / "tiny.yaml").write_text(yaml.safe_dump(content))
+    _refused(here, "train", "tiny.yaml", "--run-dir", "run", f"links.m.{field}", say=say)

@@ -140,6 +140,16 @@ TWO = {"compt-ViT-T-16": 2, "compt-ViT-S-16": 1}
             "tensor does not divide; the nearest layout that works on 4 ranks is tensor: 2, pipeline: 1",
         ),
         (
+            {"links.1.parallel": {"tensor": 2, "sequence": True}},
+            1,
+            "the nearest layout that works on 1 rank is tensor: 1, pipeline: 1, sequence: false",
+        ),
+        (
+            {"links.1.parallel": {"tensor": 4}, "links.1.align": {"tensor": 4}},
+            2,
+            "the nearest layout that works on 2 ranks is tensor: 2, pipeline: 1, align.tensor: 2",
+        ),
+        (
             {"parallel": {"engine": "megatron", "pipeline": 5}},
             8,
             "parallel.pipeline is 5, which does not fit: its vision tower has 12 layers, which pipeline does not "
