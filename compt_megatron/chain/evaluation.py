@@ -11,7 +11,7 @@ import torch
 from compt_megatron.chain.member import Member
 from compt_megatron.chain.progress import Position
 from compt_megatron.chain.record import EvaluationRecord
-from compt_megatron.chain.text import open_text
+from compt_megatron.chain.text import open_text, vocabulary
 from compt_megatron.checkpoint.formats import open_reader
 from compt_megatron.data.evaluation import EvalSet
 from compt_megatron.data.source import ShardSource
@@ -68,6 +68,13 @@ class Evaluator:
         self._sets: dict[tuple[int, int], list[EvalSet]] = {}  # by rank and number of those that share the rows
         self._texts: list[TextSource] = []
 
+    def prepare(self) -> None:
+        """Open the texts of a language model, and check them, before they are needed. Collective."""
+        member, data = self._member, self._member.settings.data
+        if member.spec.is_language_model and not self._texts:
+            with self._runtime.main_first():
+                self._texts = [open_text(member.spec, name, data.tokenizer) for name in data.eval]
+
     def __call__(self, engine: TrainingEngine, position: Position) -> None:
         """Evaluate the model in training. Collective."""
         if self._member.spec.is_language_model:
@@ -107,13 +114,20 @@ class Evaluator:
 
     def _perplexities(self, losses: Losses, sharing: Sharing) -> Metrics:
         member, settings = self._member, self._member.settings
-        if not self._texts:
-            with self._runtime.main_first():
-                self._texts = [open_text(member.spec, name, settings.data.tokenizer) for name in settings.data.eval]
+        self.prepare()
         parallel = settings.parallel
         multiple = parallel.pipeline if parallel.virtual > 1 else 1  # what an interleaved pipeline wants of rows
         rows = evaluation_rows(settings.evaluate, member.length, multiple)
-        return perplexities(self._texts, settings.data.eval, losses, member.length, rows, sharing, self._runtime)
+        return perplexities(
+            self._texts,
+            settings.data.eval,
+            losses,
+            member.length,
+            rows,
+            sharing,
+            self._runtime,
+            vocabulary(member.spec),
+        )
 
     def _keep(self, metrics: Metrics, position: Position) -> None:
         if not metrics or not self._runtime.is_main:
@@ -141,14 +155,16 @@ def evaluation_rows(settings: EvaluateSettings, length: int, multiple: int = 1) 
 
 def perplexities(
     texts: list[TextSource], names: list[str], losses: Losses, length: int, rows: int, sharing: Sharing,
-    runtime: Runtime,
+    runtime: Runtime, vocab_size: int,
 ) -> Metrics:  # fmt: skip
-    """{name: metrics} of each text as a whole, in windows of `length` tokens. Collective."""
+    """{name: metrics} of each text as a whole, in windows of `length` tokens. Collective. Raises UserError for a text
+    without a token to predict, or with one that the vocabulary has not."""
     found: Metrics = {}
     for text, name in zip(texts, names, strict=True):
         batches = HeldOutLoader(
-            text, length=length, batch_size=rows * sharing.world, rank=sharing.rank, world=sharing.world
-        )
+            text, length=length, batch_size=rows * sharing.world, rank=sharing.rank, world=sharing.world,
+            vocab_size=vocab_size,
+        )  # fmt: skip
         found[name] = {**perplexity(losses, batches, sharing.reduce, text.bytes, runtime.device), "length": length}
     return found
 
@@ -254,11 +270,14 @@ def evaluate_checkpoint(
         positions = known.towers["text"].tokens
         if length is not None and length > positions:
             raise UserError(f"--length {length}: {known.name} has {positions} positions; use at most {positions}")
+        if settings.templates != EvaluateSettings().templates:
+            raise UserError(f"--template: is for names of classes, {known.name} is a language model; leave it out")
         tokenizer = path / TOKENIZER if (path / TOKENIZER).is_file() else None
         with runtime.main_first():
             texts = [open_text(known, name, tokenizer) for name in data]
         losses, length = losses_of(language_model(path, runtime, known)), length or positions
-        return perplexities(texts, data, losses, length, evaluation_rows(settings, length), sharing, runtime)
+        rows = evaluation_rows(settings, length)
+        return perplexities(texts, data, losses, length, rows, sharing, runtime, vocabulary(known))
     if length is not None:
         raise UserError(f"--length {length}: is for language models, {known.name} is none; leave it out")
     encode_image, encode_text = encoders(path, runtime, known)

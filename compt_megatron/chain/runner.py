@@ -272,6 +272,7 @@ class _Chain:
         entry.state = "training"
         self._save_ledger()
         if member.train:
+            evaluator.prepare()
             resume_from, self.resume_from = self.resume_from, None
             progress = train_member(member, entry, self.run_dir, parent, self.runtime, watch, resume_from)
             _record(entry, progress)

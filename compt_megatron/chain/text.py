@@ -92,7 +92,9 @@ def _check_source(member: Member, source: Any, where: str) -> None:
     try:
         text = TextSource.open(source)
         if text.record is not None:
-            text.require_vocabulary(vocabulary(member.spec))
+            text.require_size(vocabulary(member.spec))
+        if where.endswith("data.eval"):
+            text.require_targets()
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

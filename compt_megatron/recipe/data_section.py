@@ -34,7 +34,8 @@ class TextData(TypedDict, total=False):
 
     path: Required[Annotated[str, Field(description="What `train` may name.")]]
     weight: Annotated[
-        PositiveNumber, Field(description="Its share of the samples; without any, each text's share of the tokens.")
+        float,  # that it is above 0 is said where it is read: here the message would be of the whole list
+        Field(description="Its share of the samples, above 0; without any, each text's share of the tokens."),
     ]
     documents: Annotated[
         list[Fraction],

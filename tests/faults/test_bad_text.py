@@ -99,6 +99,15 @@ def _cut(here: Path) -> None:
         file.truncate(1000)
 
 
+def _foreign_id(split: str) -> Callable[[Path], None]:
+    def spoil(here: Path) -> None:
+        with (here / "text" / f"{split}.bin").open("r+b") as file:
+            file.seek(10)
+            file.write((60_000).to_bytes(2, "little"))
+
+    return spoil
+
+
 def _of_another_version(here: Path) -> None:
     with (here / "text" / "train.idx").open("r+b") as file:
         file.seek(9)
@@ -112,11 +121,14 @@ def _in_recipe(place: str, value: Any) -> Callable[[Path], None]:
 BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (_vocabulary(400), "its tokenizer has 280 tokens, the model 400"),
     (_without_record, "has id 269, beyond a vocabulary of 256 tokens"),
+    (_foreign_id("train"), "train.bin: document 0 has id 60000, beyond a vocabulary of 280 tokens"),
+    (_foreign_id("held_out"), "held_out.bin: document 0 has id 60000, beyond a vocabulary of 280 tokens"),
     (_cut, "train.bin"),
     (_of_another_version, "version"),
     (_in_recipe("data.train", "stdlib/tests"), "the built-in text is stdlib/train and stdlib/held_out"),
     (_in_recipe("data.train", "nope"), "data.train: data 'nope': there is neither such a folder"),
     (_in_recipe("data.eval", ["text/nope"]), "data.eval: data "),
+    (_in_recipe("data.train", [{"path": "text", "weight": 0}, {"path": "text", "weight": 1}]), "weight 0 is not a num"),
     (_in_recipe("data.batch_size", 4096), "samples of 16 tokens, 4096 are needed"),
     (_in_recipe("data.tokenizer", "s.json"), "s.json: is no tokenizer that can be read"),
 ]

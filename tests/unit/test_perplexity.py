@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from compt_megatron.chain.evaluation import Sharing, evaluation_rows, perplexiti
 from compt_megatron.data.text.loader import HeldOutLoader
 from compt_megatron.data.text.source import TextPart, TextSource
 from compt_megatron.engine.runtime import Runtime
+from compt_megatron.errors import UserError
 from compt_megatron.evaluate.perplexity import losses_of, perplexity
 from compt_megatron.models.build import build_language_model
 from compt_megatron.models.groups import lone_groups
@@ -60,8 +62,17 @@ def test_it_is_transformers_mean_loss_over_the_whole_text(text: TextSource, shar
 def test_without_a_record_of_its_size_a_text_has_no_bits_per_byte(text: TextSource) -> None:
     runtime, alone = Runtime.start(), Sharing(0, 1, lambda values: values)
     found = perplexities([text], ["held"], lambda batch: (2.0 * float(batch.mask.sum()), float(batch.mask.sum())),
-                         LENGTH, 4, alone, runtime)  # fmt: skip
+                         LENGTH, 4, alone, runtime, 10**6)  # fmt: skip
     assert found == {"held": {"perplexity": math.exp(2.0), "loss": 2.0, "tokens": TOKENS - 1, "length": LENGTH}}
+
+
+def test_a_text_that_cannot_be_measured(text: TextSource, tmp_path: Path) -> None:
+    """One of a single token, of which nothing is predicted, and ids that the model has not, in a set of any size."""
+    one = TextSource("one", (TextPart("one", numbered(tmp_path / "one", [1], vocab_size=61), 1.0),))
+    with pytest.raises(UserError, match="data 'one': has no token to predict, one alone; name a longer text"):
+        HeldOutLoader(one, length=LENGTH, batch_size=4)
+    with pytest.raises(UserError, match="data 'text': id 60 is beyond the vocabulary of 60 tokens"):
+        list(HeldOutLoader(text, length=LENGTH, batch_size=4, vocab_size=60))
 
 
 def test_a_batch_is_as_many_tokens_at_most_and_suits_a_pipeline() -> None:

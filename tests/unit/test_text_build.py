@@ -20,7 +20,7 @@ from compt_megatron import cli
 from compt_megatron.data.text import build as build_module
 from compt_megatron.data.text import encode as encode_module
 from compt_megatron.data.text.build import Request, build_text
-from compt_megatron.data.text.documents import Reader, find_files
+from compt_megatron.data.text.documents import RawDocument, Reader, find_files
 from compt_megatron.data.text.indexed import IndexedTokens
 from compt_megatron.data.text.record import read_record
 from compt_megatron.data.text.tokenizer import find_tokenizer, train_bpe
@@ -201,6 +201,16 @@ def _words(tmp_path: Path) -> None:
     inner = Tokenizer(models.WordLevel({"chain": 0, "of": 1}))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.save(str(tmp_path / "words.json"))
+
+
+@pytest.mark.parametrize("is_json", [True, False])
+def test_a_mark_at_the_begin_of_a_file_is_no_text(is_json: bool) -> None:
+    """Some editors put U+FEFF there. Elsewhere it is text."""
+    stored = b'{"text": "one"}' if is_json else b"one"
+    first = RawDocument("a", "a:1", 1 if is_json else 0, b"\xef\xbb\xbf" + stored, is_json)
+    assert first.text("text") == "one"
+    if not is_json:
+        assert RawDocument("a", "a:2", 2, b"\xef\xbb\xbf" + stored, is_json).text("text") == "\ufeffone"
 
 
 @pytest.mark.parametrize(

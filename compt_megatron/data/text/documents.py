@@ -50,7 +50,7 @@ class RawDocument:
     def text(self, field: str) -> str:
         """The text. Raises UserError, naming file and line, for broken UTF-8 or JSON and for a missing field."""
         try:
-            value: Any = self.data.decode("utf-8")
+            value: Any = self.data.decode("utf-8-sig" if self.line <= 1 else "utf-8")  # a file may begin with a mark
         except UnicodeDecodeError as error:
             raise UserError(f"{self.where}: byte {error.start} is not UTF-8; convert or remove it") from error
         if not self.is_json:

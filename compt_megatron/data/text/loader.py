@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from compt_megatron.data.prefetch import Failure, Workers
 from compt_megatron.data.text.batch import TokenBatch
 from compt_megatron.data.text.order import Pass
-from compt_megatron.data.text.sequences import Row, Sequences
+from compt_megatron.data.text.sequences import Row, Sequences, require_ids
 from compt_megatron.data.text.source import TextSource
 from compt_megatron.errors import UserError
 
@@ -114,7 +114,8 @@ class HeldOutLoader:
 
     Every token but the first of each data set is a target once. All ranks get equally many batches of
     batch_size / world rows; the last ones are filled up with rows, and windows with places, whose mask is False.
-    `limit`: the first windows alone. The weights of a blend do not matter. Raises UserError as `TokenLoader` does.
+    `limit`: the first windows alone. `vocab_size`: ids beyond it are refused when they are met. The weights of a blend
+    do not matter. Raises UserError, here or while iterating, for a layout or data that cannot work.
     """
 
     def __init__(
@@ -130,9 +131,8 @@ class HeldOutLoader:
     ) -> None:
         if batch_size % world:
             raise UserError(f"a batch of {batch_size} does not divide among {world} data-parallel ranks")
-        if vocab_size is not None:
-            source.require_vocabulary(vocab_size)
-        self.length, self.batch_size = length, batch_size
+        source.require_targets()
+        self.length, self.batch_size, self.vocab_size = length, batch_size, vocab_size
         own = batch_size // world
         self.rows = range(rank * own, (rank + 1) * own)
         self._lines = [(part.name, Pass(part.documents, None, 0)) for part in source.parts]
@@ -158,6 +158,7 @@ class HeldOutLoader:
         name, line = self._lines[part]
         count = min(self.length, self._tokens[part] - 1 - own * self.length)
         ids[: count + 1] = line.read(own * self.length, count + 1)[0]
+        require_ids(ids, self.vocab_size, name)
         mask[:count] = True
         return Row(ids, mask, f"{name}:{own}")
 

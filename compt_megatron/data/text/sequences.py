@@ -74,12 +74,7 @@ class Sequences:
         number, place = divmod(own, self.per_pass[index])
         drawn = shuffled_one(place, self.per_pass[index], self.seed, Use.SEQUENCES, number)
         ids, firsts = self._pass(index, number).read(drawn * self.length, self.length + 1)
-        if self.vocab_size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            beyond = int(ids.max() if ids.min() >= 0 else ids.min())
-            raise UserError(
-                f"data {name!r}: id {beyond} is beyond the vocabulary of {self.vocab_size} tokens; "
-                "build the data with the model's tokenizer"
-            )
+        require_ids(ids, self.vocab_size, name)
         mask = ~firsts[1:] if self.mask_document_starts else np.ones(self.length, np.bool_)
         return Row(ids, mask, f"{name}:{number}:{drawn}")
 
@@ -90,3 +85,13 @@ class Sequences:
                 del self._passes[key]
             self._passes[index, number] = Pass(self.parts[index][1], self.seed, number, self.cache_dir)
         return self._passes[index, number]
+
+
+def require_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:
+    """Raise UserError for an id of data set `name` that a vocabulary of `vocab_size` (None: not known) has not."""
+    if vocab_size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        beyond = int(ids.max() if ids.min() >= 0 else ids.min())
+        raise UserError(
+            f"data {name!r}: id {beyond} is beyond the vocabulary of {vocab_size} tokens; "
+            "build the data with the model's tokenizer"
+        )

@@ -15,7 +15,7 @@ from compt_megatron.errors import UserError
 from compt_megatron.recipe.files import expanded
 
 BUILT_IN = ("stdlib",)
-SCANNED_BYTES = 1 << 30  # data sets without a record are read through for ids beyond the vocabulary up to this size
+SCANNED_BYTES = 1 << 30  # data sets are read through for ids beyond the vocabulary up to this size
 PADDING = 1 / 20  # by how much of itself a model's vocabulary may exceed its tokenizer's: rows that pad it
 
 Entry = str | Mapping[str, Any]
@@ -108,13 +108,23 @@ class TextSource:
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError unless the data fits a model with `vocab_size` tokens.
 
-        Where a tokenizer is recorded, the model must have its size or up to a twentieth more (rows that pad it). Where
-        none is, all ids of a data set of up to 1 GiB are read; those of a larger one are checked as they are used.
+        Where a tokenizer is recorded, the model must have its size or up to a twentieth more (rows that pad it). All
+        ids of a data set of up to 1 GiB are read; those of a larger one are checked as they are used.
         """
+        self.require_size(vocab_size)
+        for part in self.parts:
+            if part.documents.data.bin.stat().st_size <= SCANNED_BYTES:
+                part.documents.data.check_ids(vocab_size)
+
+    def require_targets(self) -> None:
+        """Raise UserError unless there is a token to predict."""
+        if all(part.documents.tokens < 2 for part in self.parts):
+            raise UserError(f"data {self.name!r}: has no token to predict, one alone; name a longer text")
+
+    def require_size(self, vocab_size: int) -> None:
+        """The part of `require_vocabulary` that is known without reading ids."""
         for part in self.parts:
             if part.record is None:
-                if part.documents.data.bin.stat().st_size <= SCANNED_BYTES:
-                    part.documents.data.check_ids(vocab_size)
                 continue
             own = part.record.vocab_size
             if not own <= vocab_size <= own * (1 + PADDING):
@@ -171,7 +181,8 @@ def _parts(name: str, prefixes: Sequence[Path], entry: Mapping[str, Any]) -> lis
     if weight is None:
         weight = tokens
     elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise UserError(f"data {name!r}: weight {weight!r} is not a number above 0")
+        shown = f"{weight:g}" if isinstance(weight, float) else repr(weight)
+        raise UserError(f"data {name!r}: weight {shown} is not a number above 0")
     parts = []
     for prefix, documents in found:
         own = name if len(found) == 1 else f"{name}/{prefix.name}"
