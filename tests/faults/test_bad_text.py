@@ -101,8 +101,7 @@ def _cut(here: Path) -> None:
 
 def _foreign_id(split: str) -> Callable[[Path], None]:
     def spoil(here: Path) -> None:
-        with (here / "text" / f"{split}.bin").open("r+b") as file:
-            file.seek(10)
+        with (here / "text" / f"{split}.bin").open("r+b") as file:  # its first id
             file.write((60_000).to_bytes(2, "little"))
 
     return spoil
