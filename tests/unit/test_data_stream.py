@@ -161,6 +161,15 @@ def test_layouts_that_cannot_work_are_refused(source: ShardSource) -> None:
         steps(source, 1, batch_size=64)
 
 
+def test_any_number_of_ranks_that_divides_the_batch_can_read(source: ShardSource) -> None:
+    """Also one that no default number of streams is a multiple of: the ranks' rows are one process's."""
+    whole = steps(source, 3, batch_size=24, streams=24)
+    for world in (3, 12, 24):
+        ranks = [steps(source, 3, batch_size=24, streams=None, rank=rank, world=world) for rank in range(world)]
+        for step, batch in enumerate(whole):
+            assert [name for rank in ranks for name in rank[step].sample_ids] == batch.sample_ids
+
+
 def test_default_streams_is_a_power_of_two_that_divides_the_batch() -> None:
     assert default_streams(332, 1024) == 64
     assert default_streams(20, 256) == 16
