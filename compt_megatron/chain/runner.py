@@ -97,10 +97,10 @@ class _Chain:
                 self._check_inputs(known)
         self.ledger: Ledger = runtime.exchange(known)[0]
         self.console = Console(enabled=runtime.is_main, total_links=len(members))
-        self._check_machine()
         harness.check([member for member in members if self.ledger.entry(member.name).state != "done"])
 
     def run(self, only: str | None) -> Ledger:
+        self._check_machine(only)
         with RunLog(self.run_dir, self.runtime.rank, self.recipe.report.tensorboard) as log:
             try:
                 for member in self.members:
@@ -114,11 +114,11 @@ class _Chain:
             self.console.table(asdict(self.ledger))
         return self.ledger
 
-    def _check_machine(self) -> None:
+    def _check_machine(self, only: str | None) -> None:
         """What members that are still to be trained need of every rank's machine. Collective."""
         problem = None
         for member in self.members:
-            if member.train and self.ledger.entry(member.name).state != "done":
+            if only in (None, member.name) and member.train and self.ledger.entry(member.name).state != "done":
                 try:
                     check_machine(member.settings, self.runtime.device)
                 except UserError as error:
