@@ -124,9 +124,7 @@ class _Chain:
                 except UserError as error:
                     problem = UserError(f"{member.name}: {error}")
                     break
-        problems = [found for found in self.runtime.exchange(problem) if found is not None]
-        if problems:
-            raise problems[0]
+        self.runtime.raise_any(problem)
 
     # -- the ledger --------------------------------------------------------------------------------------------------
 

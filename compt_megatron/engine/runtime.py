@@ -107,7 +107,7 @@ class Runtime:
         The other ranks skip nothing: they run the block after rank 0 has finished it, so it must then be cheap.
         """
         if not self.is_main:
-            self._raise_if(self.exchange(None))
+            self.raise_any(None)
             yield
             return
         try:
@@ -117,11 +117,11 @@ class Runtime:
             raise
         self.exchange(None)
 
-    @staticmethod
-    def _raise_if(errors: list[Any]) -> None:
-        for error in errors:
-            if error is not None:
-                raise error
+    def raise_any(self, error: BaseException | None) -> None:
+        """Raise on every rank the first error that a rank has. Collective."""
+        for found in self.exchange(error):
+            if found is not None:
+                raise found
 
 
 def seed_step(seed: int, step: int, micro_batch: int, rank: int) -> None:

@@ -67,8 +67,9 @@ class DiskFolder:
     """A folder of this process's own under the one that a recipe names for offloading: DeepSpeed's files are called
     after ranks and parameters only, and several jobs may use one disk.
 
-    A lock beside it, which the system drops when the process ends, says that it is in use. What killed processes have
-    left is removed by the next that starts there.
+    A lock beside it, which the system drops when the process ends, says that it is in use: flock's, as a record lock
+    would not keep away another of the same process. What killed processes have left is removed by the next that starts
+    there.
     """
 
     def __init__(self, root: str) -> None:

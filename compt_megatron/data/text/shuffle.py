@@ -25,16 +25,16 @@ def shuffled(places: Array, count: int, *parts: int) -> Array:
     low_bits, masks, keys = _network(count, parts)
     low, high = np.uint64(low_bits), [np.uint64(mask) for mask in masks]
     out = np.empty(len(places), np.int64)
-    todo, values = np.arange(len(places)), places.astype(np.uint64)
-    while len(todo):
+    left, values = np.arange(len(places)), places.astype(np.uint64)
+    while len(left):
         halves = [values & high[0], values >> low]
         for number, key in enumerate(keys):
             changed = number % 2
             halves[changed] = halves[changed] ^ (_mixed(halves[1 - changed], key) & high[changed])
         values = (halves[1] << low) | halves[0]
         inside = values < count
-        out[todo[inside]] = values[inside]
-        todo, values = todo[~inside], values[~inside]
+        out[left[inside]] = values[inside]
+        left, values = left[~inside], values[~inside]
     return out
 
 
